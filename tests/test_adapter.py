@@ -97,6 +97,13 @@ LORA_A = "layers.0.self_attn.q_proj.lora_A"
         (resealed(lambda k, v: torch.zeros(0) if LORA_A in k else v), "adapter_in_pieces", LORA_A),
         (resealed(lambda k, v: v + torch.inf if LORA_A in k else v), "weights_not_finite", LORA_A),
         (lambda a: tiny.edit_json(a / "card.json", novel=1), "not_an_adapter", "novel"),
+        # Numbers that no training writes cut the model's layers from the other end, or end in a traceback.
+        (lambda a: tiny.edit_json(a / "card.json", tower_layers=-1), "not_an_adapter", "tower_layers"),
+        (lambda a: tiny.edit_json(a / "card.json", text_layers=-1), "not_an_adapter", "text_layers"),
+        (lambda a: tiny.edit_json(a / "card.json", text_layers=[-1, 2]), "not_an_adapter", "text_layers"),
+        (lambda a: tiny.edit_json(a / "card.json", temperature=-1), "not_an_adapter", "temperature"),
+        (lambda a: tiny.edit_json(a / "card.json", crop_size=0), "not_an_adapter", "crop_size"),
+        (lambda a: tiny.edit_json(a / "card.json", name=" "), "not_an_adapter", "name"),
     ],
 )
 def test_a_spoilt_adapter_is_refused(

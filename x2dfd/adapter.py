@@ -75,7 +75,8 @@ class AdapterCard(Card):
 def read_adapter_card(folder: Path) -> AdapterCard:
     """Read `card.json`. Raises SetupError when `folder` is no adapter directory."""
     try:
-        return AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
+        card = AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
+        _check_ranges(card)
     except FileNotFoundError:
         raise SetupError(
             f"{folder} is not an adapter directory of x2dfd: it holds no card.json. A model is `embedded`, DIR, "
@@ -86,6 +87,21 @@ def read_adapter_card(folder: Path) -> AdapterCard:
         raise SetupError(
             f"{folder} is not an adapter directory of x2dfd: card.json: {error}", code="not_an_adapter"
         ) from error
+    return card
+
+
+def _check_ranges(card: AdapterCard) -> None:
+    """Raises ValueError for values that no training writes."""
+    if not card.name.strip():
+        raise ValueError("'name' is empty")
+    if card.temperature < 0:
+        raise ValueError(f"'temperature' is {card.temperature}, which is below 0")
+    if card.crop_size < 1:
+        raise ValueError(f"'crop_size' is {card.crop_size}, not a number of pixels")
+    numbers = (card.text_layers,) if isinstance(card.text_layers, int) else card.text_layers
+    for field_name, values in (("tower_layers", (card.tower_layers,)), ("text_layers", numbers)):
+        if min(values, default=0) < 0:
+            raise ValueError(f"{field_name!r} is {min(values)}, which is below 0")
 
 
 def write_adapter_card(folder: Path, card: AdapterCard) -> None:
