@@ -382,6 +382,16 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert report.verdict.p_fake is not None and report.faces[0].p_fake_mllm is None
 
 
+@pytest.mark.parametrize("left_out", [5, None, "s1", [["a"]], [5], {"a": 1}, []])
+def test_left_out_is_a_list_of_names(adapter: Path, tmp_path: Path, left_out: object) -> None:
+    """Bug prevented: the text "s1" is read as its letters, so that pictures of s1 count as unseen by nobody."""
+    held_out_expert(tmp_path, "c")
+    card = tmp_path / "c" / f"{tiny.EXPERT}.card.json"
+    write_card(card, replace(read_card(card), figures={"left_out": left_out}))
+    with raises("left_out_invalid", tmp_path / "c"):
+        held_out_in(tmp_path, [tiny.EXPERT])
+
+
 def test_a_calibration_that_fails_leaves_the_last_one(
     adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -163,9 +163,12 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
     found: list[HeldOut] = []
     for place in sorted({path.parent for path in folder.glob("*/*.card.json")}):
         experts = {name: load_expert(name, place) for name in names if (place / f"{name}.card.json").is_file()}
-        left_out = {frozenset(expert.card.figures.get("left_out", ())) for expert in experts.values()}
         if not experts:
             continue
+        stated = [expert.card.figures.get("left_out") for expert in experts.values()]
+        if not all(isinstance(sources, list) and all(isinstance(s, str) for s in sources) for sources in stated):
+            raise X2DFDError(f"{place}: a card's `left_out` must be a list of names", code="left_out_invalid")
+        left_out = {frozenset(sources) for sources in stated}
         if len(left_out) > 1 or not all(left_out):
             raise X2DFDError(f"{place}: the cards' `left_out` must name the same sources", code="left_out_invalid")
         found.append(HeldOut(experts, left_out.pop()))
