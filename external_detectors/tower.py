@@ -55,8 +55,8 @@ class Tower(CropExpert):
         self._additions = folder / self.card.weights
         self.tower = additions_sha256(read_additions(self._additions))
         require("base")  # fail now, not at the first face
-        threshold = self.card.figures.get("cue_threshold")
-        if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+        threshold: object = self.card.figures.get("cue_threshold")
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise SetupError(
                 f"expert 'tower' in {folder} has no cue_threshold from 0 to 1; reinstall x2dfd",
                 code="cue_threshold_missing",
