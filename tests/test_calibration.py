@@ -43,7 +43,7 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.loading import load
-from x2dfd.manifest import Sample, write_manifest
+from x2dfd.manifest import Sample, read_manifest, write_manifest
 from x2dfd.run_calibrate import calibrate, face_of, held_out_in
 from x2dfd.tower import degraded_view
 from x2dfd.types import Evidence, Face
@@ -252,7 +252,7 @@ PARTLY = SAVED["kinds"]["part"]
         json.dumps({**SAVED, "fitted_on": {"experts": {"tower": "a" * 64}}}),
         *(json.dumps({**SAVED, "fitted_on": {"experts": EXPERTS, **change}}) for change in (
             {"misses_allowed": {"whole": "few", "part": 0.1}}, {"false_alarms_allowed": None},
-            {"false_alarms_allowed": [0.05, 0.1]},
+            {"false_alarms_allowed": [0.05, 0.1]}, {"n_real": "20"}, {"n_fake": 0}, {"n_real": None},
         )),
         json.dumps(SAVED).replace('"low"', '"high": 0.5, "low"'),
         json.dumps({"weights": {MLLM: 1.0}, "means": {MLLM: 0.0}, "bias": 0.0, "low": 0.3, "high": 0.6}),
@@ -423,6 +423,65 @@ def test_a_calibration_that_fails_leaves_the_last_one(
     assert seen == [before]
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
+
+
+def test_calibrate_says_what_its_fit_cannot_know(
+    adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a fit to six pictures says "> 99 %" without a word, an expert that got no weight and a picture
+    without a face go unmentioned, and --limit draws pictures of one label and blames the split."""
+    samples = read_manifest(photos)
+    Image.fromarray(np.zeros((320, 320, 3), np.uint8)).save(tmp_path / "dark.png")
+    dark = Sample("dark", tmp_path / "dark.png", "real", source="a", group="dark", split="calib")
+    some = [s for s in samples if s.df_class != "EFS"]
+    write_manifest(tmp_path / "some.jsonl", [*some, dark])
+    monkeypatch.setitem(BUILTIN, "silent", "tests.test_calibration:Silent")
+    monkeypatch.setitem(BUILTIN, "whole-only", "tests.test_calibration:WholeOnly")
+    monkeypatch.setitem(BUILTIN, "wrong", "tests.test_calibration:Wrong")
+    given = ["calibrate", "--model", on_its_base(adapter), "--data", str(tmp_path / "some.jsonl")]
+    done = CliRunner().invoke(cli.app, [*given, "--experts", f"{tiny.EXPERT},silent,whole-only,wrong"])
+    assert done.exit_code == 0, done.output
+    for said in (
+        "1 of 4 pictures not used: no usable face (dark, no_face)",
+        "fitted on 2 real and 1 fake pictures: probabilities near 0 and 1 are not supported by so few",
+        "no faces made as a whole among the pictures: the rule knows fakes changed in part only",
+        "silent has no weight: it gave no score",
+        "whole-only has no weight: the kind of fake that its card names (covers) is not among the pictures",
+        "wrong has no weight: its score did not help on these pictures",
+    ):
+        assert f"note: {said}" in done.stderr
+    assert f"{tiny.EXPERT} has no weight" not in done.stderr and json.loads(done.stdout)["n_real"] == 2
+    report = load(on_its_base(adapter), experts=[tiny.EXPERT]).detect(photos.parent / "1.png", rationale=False)
+    assert any("2 real and 1 fake" in warning for warning in report.warnings)
+    for limit in (2, 3):
+        fitted = calibrate(on_its_base(adapter), [photos], limit=limit)
+        facts = fitted.fitted_on
+        assert facts["n_real"] + facts["n_fake"] == limit and min(facts["n_real"], facts["n_fake"]) == 1
+    assert FITTED.few_pictures is None and replace(FITTED, fitted_on={"n_real": 50, "n_fake": 50}).few_pictures is None
+
+
+class Silent(tiny.Brightness):
+    """It scores no face."""
+
+    card = replace(tiny.Brightness.card, name="silent")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("silent", None, "dark")] * len(faces)
+
+
+class WholeOnly(tiny.Brightness):
+    """It knows faces made as a whole."""
+
+    card = replace(tiny.Brightness.card, name="whole-only", covers=("EFS",))
+
+
+class Wrong(tiny.Brightness):
+    """It takes the reals for the fakes."""
+
+    card = replace(tiny.Brightness.card, name="wrong")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("wrong", 1 - float(f.crop.mean()) / 255) for f in faces]
 
 
 def test_a_mirrored_view_keeps_its_landmarks_on_the_face() -> None:
