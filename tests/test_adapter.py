@@ -22,6 +22,7 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import (
+    EMBEDDED,
     WEIGHTS,
     _merge_plain,
     attach,
@@ -177,7 +178,7 @@ def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
         {"peft_type": "FOO"}, {"peft_type": None}, {"r": 0}, {"r": "x"}, {"r": 4.0}, {"r": True}, {"lora_alpha": None},
         {"lora_alpha": "8"}, {"lora_alpha": 0}, {"target_modules": 5}, {"target_modules": "("},
         {"target_modules": [5]}, {"modules_to_save": 5}, {"modules_to_save": "multi_modal_projector"},
-        {"modules_to_save": [None]},
+        {"modules_to_save": [None]}, {"bias": 5}, {"rank_pattern": 5}, {"use_dora": "x"}, {"exclude_modules": 5},
     ],
     ids=str,
 )  # fmt: skip
@@ -191,7 +192,25 @@ def test_a_broken_configuration_is_refused_before_any_picture(
         check(adapter)
 
 
-@pytest.mark.parametrize("change", [{"bias": 5}, {"rank_pattern": 5}, {"init_lora_weights": [1]}], ids=str)
+@pytest.mark.parametrize(
+    ("file", "change", "code"),
+    [
+        ("adapter_config.json", {"r": 0}, "adapter_config_invalid"),
+        ("card.json", {"tower_layers": 0}, "not_an_adapter"),
+        ("card.json", {"tower_layers": 13}, "tower_layers_invalid"),
+    ],
+)  # fmt: skip
+def test_the_embedded_model_is_checked_before_its_language_model_is_loaded(
+    tmp_path: Path, file: str, change: dict[str, object], code: str
+) -> None:
+    """Bug prevented: a damaged copy judges faces until it writes of one, or ends in a KeyError of the tower."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    tiny.edit_json(folder / file, **change)
+    with raises(code):
+        x2dfd.load(folder)
+
+
+@pytest.mark.parametrize("change", [{"bias": "foo"}, {"rank_pattern": {"q_proj": "x"}}], ids=str)
 def test_what_peft_does_not_take_is_a_sentence(base: Path, adapter: Path, change: dict[str, object]) -> None:
     """Bug prevented: the settings that only PEFT reads end in a traceback."""
     tiny.edit_json(adapter / "adapter_config.json", **change)
@@ -278,8 +297,9 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
     """The checks are worth nothing if the front door does not call them."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     assert x2dfd.load(f"hub:{base}+{adapter}").info.name == "tiny 1"
-    experts = json.loads((adapter / "card.json").read_text())["experts"]
-    tiny.edit_card(adapter, experts=dict.fromkeys(experts, "f" * 64))
+    fitted = Calibration.load(adapter)
+    others = dict.fromkeys(fitted.fitted_on["experts"], "f" * 64)
+    replace(fitted, fitted_on={"experts": others}).save(adapter)
     with raises("expert_weights_differ", "brightness"):
         x2dfd.load(f"hub:{base}+{adapter}")
     tiny.edit_card(adapter, prompt_sha256="e" * 64)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +103,8 @@ def _check_ranges(card: AdapterCard) -> None:
     for field_name, values in (("tower_layers", (card.tower_layers,)), ("text_layers", numbers)):
         if min(values, default=0) < 0:
             raise ValueError(f"{field_name!r} is {min(values)}, which is below 0")
+    if card.tower == FORENSIC and card.tower_layers == 0:
+        raise ValueError("'tower_layers' is 0, but the forensic tower runs by their number")
 
 
 def write_adapter_card(folder: Path, card: AdapterCard) -> None:
@@ -285,8 +288,17 @@ def _adapter_config(folder: Path) -> Json:
     return config
 
 
+_SETTING_TYPES = {
+    "alpha_pattern": (dict, NoneType), "bias": (str, NoneType), "exclude_modules": (list, str, NoneType),
+    "init_lora_weights": (bool, str, NoneType), "layers_pattern": (list, str, NoneType),
+    "layers_to_transform": (list, int, NoneType), "rank_pattern": (dict, NoneType), "use_dora": (bool, NoneType),
+    "use_rslora": (bool, NoneType),
+}  # fmt: skip
+"""Settings of an adapter that only PEFT reads, and hardly checks."""
+
+
 def _fault_of(config: Json) -> str | None:
-    """What is wrong with the settings of an adapter that this module reads itself; PEFT judges the others."""
+    """What is wrong with the settings of an adapter, as far as their types and ranges tell; PEFT judges the rest."""
     targets, modules = config.get("target_modules"), config.get("modules_to_save")
     if config.get("peft_type") != "LORA":
         return f"its peft_type is {config.get('peft_type')!r}, not 'LORA'"
@@ -294,6 +306,9 @@ def _fault_of(config: Json) -> str | None:
         return f"its r is {config.get('r')!r}, not a whole number from 1"
     if type(config.get("lora_alpha")) not in (int, float) or not config["lora_alpha"] > 0:
         return f"its lora_alpha is {config.get('lora_alpha')!r}, not a number above 0"
+    for key, types in _SETTING_TYPES.items():
+        if not isinstance(value := config.get(key), types):
+            return f"its {key} is {value!r:.60}"
     if not (modules is None or _are_names(modules)):
         return "its modules_to_save is no list of names"
     if isinstance(targets, str):
