@@ -22,7 +22,7 @@ from x2dfd.adapter import EMBEDDED
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, parse_json
-from x2dfd.validation import FILE, Validation
+from x2dfd.validation import FILE, MODEL_FACTS, Validation
 
 DRAWS = 1000
 MIN_GROUPS = 20
@@ -86,7 +86,7 @@ def _summary(run: Path, remark: str, result: Json, rows: Sequence[Json]) -> Vali
     return Validation(
         run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}{alike}",
         manifest_sha256=data["sha256"],
-        model={key: stated[key] for key in ("adapter_sha256", "experts", "band", "prompt_sha256")},
+        model={key: stated[key] for key in MODEL_FACTS},
         n_real=data["n_real"],
         n_fake=data["n_fake"],
         n_groups=data["n_groups"],

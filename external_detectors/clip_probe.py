@@ -93,11 +93,12 @@ class ClipProbe(CropExpert):
         name = type(self).card.name
         self.card = read_card(folder / f"{name}.card.json")  # type: ignore[misc]
         weights = load_weights(self.card, folder)
-        self._weight, self._bias = weights["weight"], weights["bias"]
-        if self._weight.shape != (self.features,):
+        shapes = {key: tuple(value.shape) for key, value in weights.items() if value.is_floating_point()}
+        if shapes != {"weight": (self.features,), "bias": ()}:
             raise SetupError(
                 f"expert {name!r} in {folder} was fitted on other features; train it again", code="weights_do_not_fit"
             )
+        self._weight, self._bias = weights["weight"], weights["bias"]
         require("base")  # fail now, not at the first face
 
     def p_fake(self, crops: Tensor) -> Tensor:

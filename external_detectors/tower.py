@@ -55,11 +55,13 @@ class Tower(CropExpert):
         self._additions = folder / self.card.weights
         self.tower = additions_sha256(read_additions(self._additions))
         require("base")  # fail now, not at the first face
-        if not isinstance(self.card.figures.get("cue_threshold"), float):
+        threshold: object = self.card.figures.get("cue_threshold")
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
             raise SetupError(
-                f"expert 'tower' in {folder} has no cue_threshold; reinstall x2dfd", code="cue_threshold_missing"
+                f"expert 'tower' in {folder} has no cue_threshold from 0 to 1; reinstall x2dfd",
+                code="cue_threshold_missing",
             )
-        self._threshold = float(self.card.figures["cue_threshold"])
+        self._threshold = float(threshold)
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """Reuse the embedded model's pass over these crops where there is one, else run a pass of its own."""

@@ -6,10 +6,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.files import atomic_write, file_sha256
@@ -18,7 +19,7 @@ from x2dfd.types import Card
 
 def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
     """The tensors of a card's weight file, in fp32. Raises SetupError when the file is absent, differs from the card's
-    hash, or was trained on other crops."""
+    hash, was trained on other crops, is no weight file, or holds numbers that are not finite."""
     path = folder / card.weights
     if not path.is_file():
         raise SetupError(f"weights of expert {card.name!r} missing: {path}; reinstall x2dfd", code="weights_missing")
@@ -26,7 +27,15 @@ def load_weights(card: Card, folder: Path) -> dict[str, Tensor]:
         raise SetupError(f"{path} differs from its card's file (SHA-256); reinstall x2dfd", code="weights_hash_differs")
     if card.preprocessing != PREPROCESSING:
         raise SetupError(f"{path} needs other crops ({card.preprocessing}); reinstall x2dfd", code="crops_differ")
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    try:
+        tensors = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SetupError(
+            f"{path} cannot be read: {first_line(error)}; reinstall x2dfd", code="weights_unreadable"
+        ) from error
+    if broken := [k for k, v in tensors.items() if not v.isfinite().all()]:
+        raise SetupError(f"{path}: {broken[0]} is not finite; reinstall x2dfd", code="weights_not_finite")
+    return {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def save_weights(state: dict[str, Tensor], card: Card, folder: Path) -> Card:

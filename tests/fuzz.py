@@ -137,7 +137,8 @@ def validations() -> list[bytes]:
     from tests.test_html_report import VALIDATION
 
     steps = [[0.0, 0.05, 0.02, 0.1], [0.4, 1.5, 0.8, 2.5], [0.8, 30.0, 9.0, 60.0]]
-    more = {"manifest_sha256": "a" * 64, "model": {"band": [0.3, 0.7]}, "steps": steps}
+    model = {"adapter_sha256": "b" * 64, "experts": {}, "band": [0.3, 0.7], "prompt_sha256": "c" * 64}
+    more = {"manifest_sha256": "a" * 64, "model": model, "steps": steps}
     return [json.dumps(VALIDATION | more).encode()]
 
 

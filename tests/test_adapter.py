@@ -22,6 +22,7 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd import prompts
 from x2dfd.adapter import (
+    EMBEDDED,
     WEIGHTS,
     _merge_plain,
     attach,
@@ -97,6 +98,13 @@ LORA_A = "layers.0.self_attn.q_proj.lora_A"
         (resealed(lambda k, v: torch.zeros(0) if LORA_A in k else v), "adapter_in_pieces", LORA_A),
         (resealed(lambda k, v: v + torch.inf if LORA_A in k else v), "weights_not_finite", LORA_A),
         (lambda a: tiny.edit_json(a / "card.json", novel=1), "not_an_adapter", "novel"),
+        # Numbers that no training writes cut the model's layers from the other end, or end in a traceback.
+        (lambda a: tiny.edit_json(a / "card.json", tower_layers=-1), "not_an_adapter", "tower_layers"),
+        (lambda a: tiny.edit_json(a / "card.json", text_layers=-1), "not_an_adapter", "text_layers"),
+        (lambda a: tiny.edit_json(a / "card.json", text_layers=[-1, 2]), "not_an_adapter", "text_layers"),
+        (lambda a: tiny.edit_json(a / "card.json", temperature=-1), "not_an_adapter", "temperature"),
+        (lambda a: tiny.edit_json(a / "card.json", crop_size=0), "not_an_adapter", "crop_size"),
+        (lambda a: tiny.edit_json(a / "card.json", name=" "), "not_an_adapter", "name"),
     ],
 )
 def test_a_spoilt_adapter_is_refused(
@@ -162,6 +170,52 @@ def test_a_folder_that_is_no_adapter_is_named(adapter: Path, text: str) -> None:
         read_adapter_card(adapter)
     with raises("not_an_adapter", "nowhere"):
         read_adapter_card(adapter / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"peft_type": "FOO"}, {"peft_type": None}, {"r": 0}, {"r": "x"}, {"r": 4.0}, {"r": True}, {"lora_alpha": None},
+        {"lora_alpha": "8"}, {"lora_alpha": 0}, {"target_modules": 5}, {"target_modules": "("},
+        {"target_modules": [5]}, {"modules_to_save": 5}, {"modules_to_save": "multi_modal_projector"},
+        {"modules_to_save": [None]}, {"bias": 5}, {"rank_pattern": 5}, {"use_dora": "x"}, {"exclude_modules": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_broken_configuration_is_refused_before_any_picture(
+    adapter: Path, check: Callable[[Path], None], change: dict[str, object]
+) -> None:
+    """Bug prevented: the embedded model, whose language model is loaded when it first writes, ends a batch in the
+    middle with a traceback of PEFT."""
+    tiny.edit_json(adapter / "adapter_config.json", **change)
+    with raises("adapter_config_invalid", "adapter_config.json", next(iter(change))):
+        check(adapter)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "code"),
+    [
+        ("adapter_config.json", {"r": 0}, "adapter_config_invalid"),
+        ("card.json", {"tower_layers": 0}, "not_an_adapter"),
+        ("card.json", {"tower_layers": 13}, "tower_layers_invalid"),
+    ],
+)  # fmt: skip
+def test_the_embedded_model_is_checked_before_its_language_model_is_loaded(
+    tmp_path: Path, file: str, change: dict[str, object], code: str
+) -> None:
+    """Bug prevented: a damaged copy judges faces until it writes of one, or ends in a KeyError of the tower."""
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    tiny.edit_json(folder / file, **change)
+    with raises(code):
+        x2dfd.load(folder)
+
+
+@pytest.mark.parametrize("change", [{"bias": "foo"}, {"rank_pattern": {"q_proj": "x"}}], ids=str)
+def test_what_peft_does_not_take_is_a_sentence(base: Path, adapter: Path, change: dict[str, object]) -> None:
+    """Bug prevented: the settings that only PEFT reads end in a traceback."""
+    tiny.edit_json(adapter / "adapter_config.json", **change)
+    with raises("adapter_config_invalid", "PEFT says", "save the adapter again"):
+        attach(load_model(base)[0], adapter)
 
 
 def test_a_plain_adapter_needs_no_peft_and_any_other_goes_there(
@@ -243,8 +297,9 @@ def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: p
     """The checks are worth nothing if the front door does not call them."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     assert x2dfd.load(f"hub:{base}+{adapter}").info.name == "tiny 1"
-    experts = json.loads((adapter / "card.json").read_text())["experts"]
-    tiny.edit_card(adapter, experts=dict.fromkeys(experts, "f" * 64))
+    fitted = Calibration.load(adapter)
+    others = dict.fromkeys(fitted.fitted_on["experts"], "f" * 64)
+    replace(fitted, fitted_on={"experts": others}).save(adapter)
     with raises("expert_weights_differ", "brightness"):
         x2dfd.load(f"hub:{base}+{adapter}")
     tiny.edit_card(adapter, prompt_sha256="e" * 64)

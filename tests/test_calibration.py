@@ -44,7 +44,7 @@ from x2dfd.errors import SetupError
 from x2dfd.experts import BUILTIN, Shared, read_card, write_card
 from x2dfd.faces import find_faces
 from x2dfd.loading import load
-from x2dfd.manifest import Sample, manifest_sha256, write_manifest
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.run_calibrate import calibrate, face_of, held_out_in
 from x2dfd.tower import degraded_view
 from x2dfd.types import Evidence, Face
@@ -53,7 +53,10 @@ Floats = NDArray[np.float64]
 
 WHOLE = Logistic({"tower": 0.8}, {"tower": -1.0}, 0.2)
 PART = Logistic({MLLM: 0.5, "tower": 1.0, "idle": 0.0}, {MLLM: 1.0, "tower": -2.0, "idle": 0.3}, -0.4)
-FITTED = Calibration({"whole": WHOLE, "part": PART}, low=0.35, high=0.7, mllm_threshold=0.8, fitted_on={"n": 12})
+EXPERTS = {"tower": "a" * 64, "idle": "b" * 64}
+FITTED = Calibration(
+    {"whole": WHOLE, "part": PART}, low=0.35, high=0.7, mllm_threshold=0.8, fitted_on={"n": 12, "experts": EXPERTS}
+)
 
 
 def simulate(n: int, weights: dict[str, float], bias: float, seed: int = 0) -> tuple[dict[str, Floats], Floats]:
@@ -223,7 +226,7 @@ def test_a_saved_calibration_comes_back_whole(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path) == FITTED
     assert Calibration.load(tmp_path).sha256 == FITTED.sha256 != replace(FITTED, low=0.2).sha256
     data: dict[str, Any] = json.loads((tmp_path / "calibration.json").read_text())
-    del data["fitted_on"], data["mllm_threshold"]
+    del data["mllm_threshold"]
     (tmp_path / "calibration.json").write_text(json.dumps(data))
     assert Calibration.load(tmp_path).mllm_threshold == 0.5
 
@@ -246,13 +249,19 @@ PARTLY = SAVED["kinds"]["part"]
         json.dumps({**SAVED, "low": 0.9}), json.dumps({**SAVED, "high": "1"}), json.dumps({**SAVED, "high": 9}),
         json.dumps({**SAVED, "low": -5}), json.dumps({**SAVED, "mllm_threshold": 2}),
         json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
-        json.dumps({**SAVED, "fitted_on": {"misses_allowed": {"whole": "few", "part": 0.1}}}),
+        json.dumps({k: v for k, v in SAVED.items() if k != "fitted_on"}), json.dumps({**SAVED, "fitted_on": {}}),
+        json.dumps({**SAVED, "fitted_on": {"experts": {"tower": "a" * 64}}}),
+        *(json.dumps({**SAVED, "fitted_on": {"experts": EXPERTS, **change}}) for change in (
+            {"misses_allowed": {"whole": "few", "part": 0.1}}, {"false_alarms_allowed": None},
+            {"false_alarms_allowed": [0.05, 0.1]}, {"n_real": "20"}, {"n_fake": 0}, {"n_real": None},
+        )),
         json.dumps(SAVED).replace('"low"', '"high": 0.5, "low"'),
         json.dumps({"weights": {MLLM: 1.0}, "means": {MLLM: 0.0}, "bias": 0.0, "low": 0.3, "high": 0.6}),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_refused_with_the_command_that_mends_it(tmp_path: Path, broken: str) -> None:
-    """A calibration that is half there, or of a former shape, must fail when it is loaded and not within a run."""
+    """A calibration that is half there, or of a former shape, must fail when it is loaded and not within a run. Bug
+    prevented: experts that `fitted_on` does not name are left out in silence, and the rest decides alone."""
     (tmp_path / "calibration.json").write_text(broken)
     with raises("calibration_unreadable", "x2dfd calibrate"):
         Calibration.load(tmp_path)
@@ -384,6 +393,16 @@ def test_a_bench_knows_the_pictures_of_a_fit(adapter: Path, photos: Path, tmp_pa
     assert seen_at_fit(facts, manifest, "train") and not seen_at_fit(facts, manifest, "val")
 
 
+@pytest.mark.parametrize("left_out", [5, None, "s1", [["a"]], [5], {"a": 1}, []])
+def test_left_out_is_a_list_of_names(adapter: Path, tmp_path: Path, left_out: object) -> None:
+    """Bug prevented: the text "s1" is read as its letters, so that pictures of s1 count as unseen by nobody."""
+    held_out_expert(tmp_path, "c")
+    card = tmp_path / "c" / f"{tiny.EXPERT}.card.json"
+    write_card(card, replace(read_card(card), figures={"left_out": left_out}))
+    with raises("left_out_invalid", tmp_path / "c"):
+        held_out_in(tmp_path, [tiny.EXPERT])
+
+
 def test_a_calibration_that_fails_leaves_the_last_one(
     adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -415,6 +434,65 @@ def test_a_calibration_that_fails_leaves_the_last_one(
     assert seen == [before]
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
+
+
+def test_calibrate_says_what_its_fit_cannot_know(
+    adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a fit to six pictures says "> 99 %" without a word, an expert that got no weight and a picture
+    without a face go unmentioned, and --limit draws pictures of one label and blames the split."""
+    samples = read_manifest(photos)
+    Image.fromarray(np.zeros((320, 320, 3), np.uint8)).save(tmp_path / "dark.png")
+    dark = Sample("dark", tmp_path / "dark.png", "real", source="a", group="dark", split="calib")
+    some = [s for s in samples if s.df_class != "EFS"]
+    write_manifest(tmp_path / "some.jsonl", [*some, dark])
+    monkeypatch.setitem(BUILTIN, "silent", "tests.test_calibration:Silent")
+    monkeypatch.setitem(BUILTIN, "whole-only", "tests.test_calibration:WholeOnly")
+    monkeypatch.setitem(BUILTIN, "wrong", "tests.test_calibration:Wrong")
+    given = ["calibrate", "--model", on_its_base(adapter), "--data", str(tmp_path / "some.jsonl")]
+    done = CliRunner().invoke(cli.app, [*given, "--experts", f"{tiny.EXPERT},silent,whole-only,wrong"])
+    assert done.exit_code == 0, done.output
+    for said in (
+        "1 of 4 pictures not used: no usable face (dark, no_face)",
+        "fitted on 2 real and 1 fake pictures: probabilities near 0 and 1 are not supported by so few",
+        "no faces made as a whole among the pictures: the rule knows fakes changed in part only",
+        "silent has no weight: it gave no score",
+        "whole-only has no weight: the kind of fake that its card names (covers) is not among the pictures",
+        "wrong has no weight: its score did not help on these pictures",
+    ):
+        assert f"note: {said}" in done.stderr
+    assert f"{tiny.EXPERT} has no weight" not in done.stderr and json.loads(done.stdout)["n_real"] == 2
+    report = load(on_its_base(adapter), experts=[tiny.EXPERT]).detect(photos.parent / "1.png", rationale=False)
+    assert any("2 real and 1 fake" in warning for warning in report.warnings)
+    for limit in (2, 3):
+        fitted = calibrate(on_its_base(adapter), [photos], limit=limit)
+        facts = fitted.fitted_on
+        assert facts["n_real"] + facts["n_fake"] == limit and min(facts["n_real"], facts["n_fake"]) == 1
+    assert FITTED.few_pictures is None and replace(FITTED, fitted_on={"n_real": 50, "n_fake": 50}).few_pictures is None
+
+
+class Silent(tiny.Brightness):
+    """It scores no face."""
+
+    card = replace(tiny.Brightness.card, name="silent")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("silent", None, "dark")] * len(faces)
+
+
+class WholeOnly(tiny.Brightness):
+    """It knows faces made as a whole."""
+
+    card = replace(tiny.Brightness.card, name="whole-only", covers=("EFS",))
+
+
+class Wrong(tiny.Brightness):
+    """It takes the reals for the fakes."""
+
+    card = replace(tiny.Brightness.card, name="wrong")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("wrong", 1 - float(f.crop.mean()) / 255) for f in faces]
 
 
 def test_a_mirrored_view_keeps_its_landmarks_on_the_face() -> None:

@@ -49,7 +49,8 @@ def validation_of(adapter: Path) -> Validation:
     rate = {"value": 0.02, "interval": [0.0, 0.05], "n": 50}
     return Validation(
         run="detect, manifest abc", manifest_sha256="a" * 64,
-        model={"adapter_sha256": card.sha256, "experts": experts, "band": [calibration.low, calibration.high]},
+        model={"adapter_sha256": card.sha256, "experts": experts, "band": [calibration.low, calibration.high],
+               "prompt_sha256": card.prompt_sha256},
         n_real=50, n_fake=60, n_groups=40, methods=("swap",), sources=("film",),
         rates={"false_alarms": rate, "misses": rate, "answered": {"value": 0.5, "n": 110}, "auc": rate}, cllr=0.6,
         steps=((0.0, 0.05, 0.02, 0.1), (0.4, 1.5, 0.8, 2.5), (0.8, 30.0, 9.0, 60.0)),
@@ -354,7 +355,8 @@ def test_likelihood_ratio_comes_from_a_run_of_this_very_model(report: Report, fo
 
 
 def test_validation_files_are_checked(tmp_path: Path, folders: tuple[Path, Path]) -> None:
-    """Likelihood ratios that fall with the score, or a cut file, must not be quoted."""
+    """Likelihood ratios that fall with the score, or a cut file, must not be quoted. Bug prevented: rates without a
+    number end the report after all judging, and figures that name no model pass as any model's."""
     validation = validation_of(folders[1])
     assert Validation.load(tmp_path) is None
     validation.save(tmp_path)
@@ -365,7 +367,12 @@ def test_validation_files_are_checked(tmp_path: Path, folders: tuple[Path, Path]
         {"steps": [[0, "2", 1, 3]]}, {"steps": {}}, {"cllr": -1}, {"n_real": 0}, {"methods": "swap"}, {"model": []},
         {"rates": rates | {"false_alarms": {"value": -3, "n": 50}}}, {"rates": {}}, {"rates": rates | {"misses": 0.1}},
         {"rates": rates | {"misses": {"value": 0.1, "n": 50, "interval": [0.5, 0.2]}}},
-        {"rates": rates | {"auc": {"value": 9}}}, {"odd": 1},
+        {"rates": rates | {"auc": {"value": 9}}}, {"odd": 1}, {"steps": [[0.99, 2, 1, 3]]}, {"model": {}},
+        {"model": {key: value for key, value in good["model"].items() if key != "prompt_sha256"}},
+        *({"rates": rates | {name: rates["misses"] | change}} for name in ("misses", "auc") for change in (
+            {"value": None}, {"value": [0.1, 0.2]}, {"value": "hi"}, {"interval": 0.1}, {"n": "many"}, {"n": -5},
+            {"n": True}, {"n": None},
+        )), {"rates": rates | {"auc": "hi"}},
     )  # fmt: skip
     for broken in ("{", "[]", "[" * 100_000, *(json.dumps(good | change) for change in wrong)):
         (tmp_path / "validation.json").write_text(broken)

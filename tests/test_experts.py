@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from safetensors.torch import save
 
 from external_detectors.tower import WEIGHTS
 from external_detectors.weights_io import load_weights, save_weights
@@ -270,6 +271,56 @@ def test_other_weights_than_the_cards_are_refused(name: str, tmp_path: Path) -> 
     weights.unlink()
     with raises("weights_missing", name):
         load_expert(name, tmp_path)
+
+
+@every_builtin
+def test_a_card_of_another_name_is_refused(name: str, tmp_path: Path) -> None:
+    """Bug prevented: an expert speaks under a name that no calibration knows, and its weight goes to its mean."""
+    _copied(name, tmp_path)
+    card = tmp_path / f"{name}.card.json"
+    write_card(card, replace(read_card(card), name="foo"))
+    with raises("expert_name_differs", name, "foo"):
+        load_expert(name, tmp_path)
+
+
+_BIAS = torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("tower", b"no tensors at all", "weights_unreadable"), ("clip-probe", b"", "weights_unreadable"),
+        ("tower", {"other": _BIAS}, "weights_do_not_fit"), ("clip-probe", {"other": _BIAS}, "weights_do_not_fit"),
+        ("clip-probe", {"weight": torch.zeros(3072), "bias": torch.zeros(3)}, "weights_do_not_fit"),
+        ("clip-probe", {"weight": torch.zeros(3072)}, "weights_do_not_fit"),
+        ("clip-probe", {"weight": torch.zeros(3072), "bias": _BIAS.int()}, "weights_do_not_fit"),
+        ("clip-probe", {"weight": torch.zeros(3072), "bias": _BIAS / 0}, "weights_not_finite"),
+    ],
+)  # fmt: skip
+def test_weights_of_the_cards_hash_but_of_other_content_are_refused(
+    name: str, content: bytes | dict[str, torch.Tensor], code: str, tmp_path: Path
+) -> None:
+    """Bug prevented: a KeyError out of the blue, or an expert that has no score for any face."""
+    weights = _copied(name, tmp_path)
+    weights.write_bytes(content if isinstance(content, bytes) else save(content))
+    card = tmp_path / f"{name}.card.json"
+    write_card(card, replace(read_card(card), sha256=file_sha256(weights)))
+    with raises(code, tmp_path):
+        load_expert(name, tmp_path)
+
+
+def test_a_cue_threshold_is_a_number_from_0_to_1(tmp_path: Path) -> None:
+    """Bug prevented: the whole number 1, which JSON may hold for 1.0, is called missing, and 7 hides every cue."""
+    _copied("tower", tmp_path)
+    path = tmp_path / "tower.card.json"
+    card = read_card(path)
+    for good in (0, 1, 0.5):
+        write_card(path, replace(card, figures={"cue_threshold": good}))
+        assert load_expert("tower", tmp_path).card.figures["cue_threshold"] == good
+    for bad in (7, -0.1, True, "0.5", None):
+        write_card(path, replace(card, figures={"cue_threshold": bad}))
+        with raises("cue_threshold_missing", tmp_path):
+            load_expert("tower", tmp_path)
 
 
 def test_weights_survive_the_disk(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def model(tmp_path: Path) -> Path:
     write_adapter_card(folder, card)
     weights = {MLLM: 0.5, EXPERT: 4.0, POINTER: 0.0}
     logistic = Logistic(weights, {MLLM: 1.0, EXPERT: -0.4, POINTER: 0.0}, 0.0)
-    Calibration({"part": logistic}, 0.4, 0.6).save(folder)
+    Calibration({"part": logistic}, 0.4, 0.6, fitted_on={"experts": card.experts}).save(folder)
     return folder
 
 

@@ -110,12 +110,13 @@ def test_shapes_and_rates_are_checked_at_each_level() -> None:
     for other in others:
         with pytest.raises(ValueError, match="not an object"):
             check_fields(Shapes, other)
-    good = {"a": {"rate": 0, "interval": [0.1, 0.2], "n": 500}, "b": [{"rate": 1.0}, {"rate": None}]}
+    good = {"a": {"rate": 0, "interval": [0.1, 0.2], "n": 500}, "b": [{"rate": 1.0}, {"interval": None}]}
     assert bad_rate(good, ("rate", "interval")) is None
-    wrong: tuple[Any, ...] = (-3, 1.1, "0.5", True, float("nan"), [0.2], {})
+    wrong: tuple[Any, ...] = (-3, 1.1, "0.5", True, float("nan"), [0.2], [0.1, 0.2], {}, None)
     for bad in wrong:
         assert bad_rate({"b": [good["a"], {"rate": bad}]}, ("rate", "interval")) == "b.1.rate"
-    assert bad_rate({"interval": [0.3, 0.2]}, ("rate", "interval")) == "interval"
+    for bad in ([0.3, 0.2], [0.1], [0.1, 0.2, 0.3], [], 0.1, "0.1"):
+        assert bad_rate({"interval": bad}, ("rate", "interval")) == "interval"
 
 
 def test_a_card_of_other_shapes_is_refused(tmp_path: Path) -> None:

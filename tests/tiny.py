@@ -157,7 +157,8 @@ def write_adapter(folder: Path, base: Path, experts: Sequence[str] = (EXPERT,)) 
     write_adapter_card(folder, card)
     weights = dict.fromkeys(("mllm", *experts), 0.1) | {EXPERT: 4.0}
     means = dict.fromkeys(weights, 0.0) | {EXPERT: -0.4}
-    Calibration({"part": Logistic(weights, means, bias=0.0)}, low=0.3, high=0.6).save(folder)
+    fitted_on = {"experts": {name: Brightness.card.sha256 for name in weights if name != "mllm"}}
+    Calibration({"part": Logistic(weights, means, bias=0.0)}, low=0.3, high=0.6, fitted_on=fitted_on).save(folder)
     return folder
 
 

@@ -15,13 +15,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd.calibration import Calibration
-from x2dfd.errors import SetupError
+from x2dfd.errors import SetupError, first_line
 from x2dfd.faces import CROP_SIZE, preprocessing
 from x2dfd.files import Json, file_sha256, parse_json, write_text
 from x2dfd.prompts import QUESTION
@@ -75,7 +76,8 @@ class AdapterCard(Card):
 def read_adapter_card(folder: Path) -> AdapterCard:
     """Read `card.json`. Raises SetupError when `folder` is no adapter directory."""
     try:
-        return AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
+        card = AdapterCard.from_dict(parse_json((folder / "card.json").read_bytes()))
+        _check_ranges(card)
     except FileNotFoundError:
         raise SetupError(
             f"{folder} is not an adapter directory of x2dfd: it holds no card.json. A model is `embedded`, DIR, "
@@ -86,6 +88,23 @@ def read_adapter_card(folder: Path) -> AdapterCard:
         raise SetupError(
             f"{folder} is not an adapter directory of x2dfd: card.json: {error}", code="not_an_adapter"
         ) from error
+    return card
+
+
+def _check_ranges(card: AdapterCard) -> None:
+    """Raises ValueError for values that no training writes."""
+    if not card.name.strip():
+        raise ValueError("'name' is empty")
+    if card.temperature < 0:
+        raise ValueError(f"'temperature' is {card.temperature}, which is below 0")
+    if card.crop_size < 1:
+        raise ValueError(f"'crop_size' is {card.crop_size}, not a number of pixels")
+    numbers = (card.text_layers,) if isinstance(card.text_layers, int) else card.text_layers
+    for field_name, values in (("tower_layers", (card.tower_layers,)), ("text_layers", numbers)):
+        if min(values, default=0) < 0:
+            raise ValueError(f"{field_name!r} is {min(values)}, which is below 0")
+    if card.tower == FORENSIC and card.tower_layers == 0:
+        raise ValueError("'tower_layers' is 0, but the forensic tower runs by their number")
 
 
 def write_adapter_card(folder: Path, card: AdapterCard) -> None:
@@ -143,7 +162,7 @@ def check_adapter(folder: Path, card: AdapterCard, base: dict[str, str], prompt_
 
 
 def check_contents(folder: Path, card: AdapterCard) -> None:
-    """The part of `check_adapter` that needs no base model: weight file, crops, and `check_tensors`."""
+    """The part of `check_adapter` that needs no base model: weight file, crops, configuration, and `check_tensors`."""
     weights = folder / WEIGHTS
     if card.weights != WHOLE and not weights.is_file():
         raise SetupError(
@@ -162,6 +181,7 @@ def check_contents(folder: Path, card: AdapterCard) -> None:
             code="crops_differ",
         )
     if card.weights != WHOLE:
+        _adapter_config(folder)
         check_tensors(_read_weights(weights), weights)
 
 
@@ -190,7 +210,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 def attach(model: Any, folder: Path) -> Any:
     """The base model with the adapter merged into its weights, or beside them if they are quantised.
 
-    Merged, as one matrix product is quicker than three. Raises SetupError as `check_fit`.
+    Merged, as one matrix product is quicker than three. Raises SetupError as `check_fit`, and where PEFT fails.
     """
     saved = check_fit(model, folder)
     quantised = bool(getattr(model, "is_quantized", False))
@@ -202,8 +222,13 @@ def attach(model: Any, folder: Path) -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a property that PEFT reads
-        tuned: Any = PeftModel.from_pretrained(model, str(folder))
-        return tuned.base_model.model if quantised else tuned.merge_and_unload()
+        try:
+            tuned: Any = PeftModel.from_pretrained(model, str(folder))
+            return tuned.base_model.model if quantised else tuned.merge_and_unload()
+        except Exception as error:  # of any type: PEFT hardly checks what it reads
+            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+                raise
+            raise _config_error(folder, f"PEFT says {type(error).__name__}: {first_line(error)}") from error
 
 
 def check_fit(model: Any, folder: Path) -> dict[str, Tensor]:
@@ -258,7 +283,54 @@ def _adapter_config(folder: Path) -> Json:
         raise SetupError(
             f"{folder} is not an adapter directory: adapter_config.json: {error}", code="not_an_adapter"
         ) from error
+    if (fault := _fault_of(config)) is not None:
+        raise _config_error(folder, fault)
     return config
+
+
+_SETTING_TYPES = {
+    "alpha_pattern": (dict, NoneType), "bias": (str, NoneType), "exclude_modules": (list, str, NoneType),
+    "init_lora_weights": (bool, str, NoneType), "layers_pattern": (list, str, NoneType),
+    "layers_to_transform": (list, int, NoneType), "rank_pattern": (dict, NoneType), "use_dora": (bool, NoneType),
+    "use_rslora": (bool, NoneType),
+}  # fmt: skip
+"""Settings of an adapter that only PEFT reads, and hardly checks."""
+
+
+def _fault_of(config: Json) -> str | None:
+    """What is wrong with the settings of an adapter, as far as their types and ranges tell; PEFT judges the rest."""
+    targets, modules = config.get("target_modules"), config.get("modules_to_save")
+    if config.get("peft_type") != "LORA":
+        return f"its peft_type is {config.get('peft_type')!r}, not 'LORA'"
+    if type(config.get("r")) is not int or config["r"] < 1:
+        return f"its r is {config.get('r')!r}, not a whole number from 1"
+    if type(config.get("lora_alpha")) not in (int, float) or not config["lora_alpha"] > 0:
+        return f"its lora_alpha is {config.get('lora_alpha')!r}, not a number above 0"
+    for key, types in _SETTING_TYPES.items():
+        if not isinstance(value := config.get(key), types):
+            return f"its {key} is {value!r:.60}"
+    if not (modules is None or _are_names(modules)):
+        return "its modules_to_save is no list of names"
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except (re.error, OverflowError, RecursionError) as error:
+            return f"its target_modules is no regular expression ({error})"
+    elif not (targets is None or _are_names(targets)):
+        return "its target_modules is neither an expression nor a list of names"
+    return None
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _config_error(folder: Path, fault: str) -> SetupError:
+    return SetupError(
+        f"{folder / 'adapter_config.json'} cannot be used: {fault}; copy the directory again, or save the adapter "
+        "again",
+        code="adapter_config_invalid",
+    )
 
 
 def add_tower(llava: Any, folder: Path, card: AdapterCard) -> str | None:
@@ -307,8 +379,6 @@ def _merge_plain(model: Any, folder: Path, saved: Mapping[str, Tensor]) -> bool:
     config = _adapter_config(folder)
     settings = {key: value for key, value in config.items() if value and key not in _IGNORED_KEYS}
     if settings != {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}:
-        return False
-    if not all(type(config.get(key)) in (int, float) and config[key] > 0 for key in ("r", "lora_alpha")):
         return False
     parameters = dict(model.named_parameters())
     scale = config["lora_alpha"] / config["r"]  # PEFT's rule: W + alpha / r · B A

@@ -26,6 +26,7 @@ MISSES = {"whole": 0.10, "part": 0.15}
 """By kind, the share of the fakes of one generator or source that may be called real. Many changes of a part are too
 faint for anybody to see: with 0.10 for them, too, 45 % of the calibration pictures get an answer, not 50 % (LOG.md)."""
 SMALL = 50  # pictures that a source needs for its own threshold; a tenth of fewer is two or three
+FEW = 50  # real pictures, and fakes, below which probabilities near 0 and 1 are not supported
 _CLIP = 6.0  # larger logits are saturated and say nothing more about certainty
 _MAX_LOGIT = 700.0  # exp overflows above
 RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed", *KINDS)  # in `fitted_on`, at any depth
@@ -121,6 +122,15 @@ class Calibration:
         return Verdict("fake", p_fake, None, kind) if p_fake >= self.high else Verdict("real", p_fake)
 
     @property
+    def few_pictures(self) -> str | None:
+        """What a reader must know of a fit to few pictures; None where there were enough, or the file does not say."""
+        n_real, n_fake = self.fitted_on.get("n_real", FEW), self.fitted_on.get("n_fake", FEW)
+        if min(n_real, n_fake) >= FEW:
+            return None
+        counts = f"fitted on {n_real} real and {n_fake} fake pictures"
+        return f"{counts}: probabilities near 0 and 1 are not supported by so few"
+
+    @property
     def sha256(self) -> str:
         """Hash of the rule and of the facts about its fit."""
         return json_sha256(asdict(self))
@@ -159,6 +169,12 @@ class Calibration:
         experts = self.fitted_on.get("experts", {})
         if not isinstance(experts, dict) or not all(isinstance(sha256, str) for sha256 in experts.values()):
             raise ValueError("`fitted_on.experts` names no weights by their SHA-256")
+        weighted = {name for fit in self.kinds.values() for name in fit.weights}
+        if unnamed := sorted(weighted - {MLLM} - experts.keys()):
+            raise ValueError(f"`fitted_on.experts` does not name the weights of {unnamed[0]!r}, whose score it takes")
+        for key in ("n_real", "n_fake"):
+            if key in self.fitted_on and (type(n := self.fitted_on[key]) is not int or n < 1):
+                raise ValueError(f"`fitted_on.{key}` is no number of pictures")
         if (place := bad_rate(self.fitted_on, RATES)) is not None:
             raise ValueError(f"`fitted_on.{place}` is no rate from 0 to 1")
 

@@ -486,6 +486,7 @@ def calibrate(
         false_alarms=false_alarms,
         other_experts=other_experts,
         loading=options.load_options("paper", device, dtype, bits, device_map),
+        on_remark=lambda line: typer.echo(f"note: {printable(line)}", err=True),
     )
     summary = {"weights": result.weights, "low": result.low, "high": result.high, **result.fitted_on}
     typer.echo(json.dumps(summary, indent=1))

@@ -359,6 +359,8 @@ class Detector:
         timings: dict[str, float],
     ) -> Report:
         verdict, decider = self._overall(media, faces)
+        few = self.calibration.few_pictures if self.mode == "calibrated" and self.calibration else None
+        remark = UNCALIBRATED if self.mode == "paper" else f"the calibration was {few}" if few else None
         return Report(
             path=media.path,
             sha256=media.sha256,
@@ -372,7 +374,7 @@ class Detector:
             model=self._info_json,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
-            warnings=(*warnings, *([UNCALIBRATED] if self.mode == "paper" and verdict.p_fake is not None else [])),
+            warnings=(*warnings, *([remark] if remark and verdict.p_fake is not None else [])),
             likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
 

@@ -128,13 +128,20 @@ def load_expert(name: str, folder: Path | None = None) -> Expert:
 def _load(name: str, folder: Path | None) -> Expert:
     cls = expert_class(name)
     if folder is None or not (folder / f"{name}.card.json").is_file():
-        return cls()
-    if not inspect.signature(cls).parameters:
+        expert = cls()
+    elif not inspect.signature(cls).parameters:
         raise SetupError(
             f"{folder} holds a card of expert {name!r}, which cannot take other weights than its own",
             code="expert_without_weights",
         )
-    return cls(folder)  # type: ignore[call-arg]
+    else:
+        expert = cls(folder)  # type: ignore[call-arg]
+    if expert.card.name != name:  # a calibration would look for its score under one name and find none
+        raise SetupError(
+            f"expert {name!r} has the card of {expert.card.name!r}; copy the card and weights of {name!r} again",
+            code="expert_name_differs",
+        )
+    return expert
 
 
 PLUGIN_SECONDS = 300.0  # of the clock, for loading and for each batch of faces

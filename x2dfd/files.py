@@ -183,19 +183,20 @@ def _short(value: object) -> str:
 
 
 def bad_rate(data: object, names: Collection[str], where: str = "") -> str | None:
-    """The place of the first value under one of `names`, at any depth, that is no rate.
+    """The place of the first value under one of `names`, at any depth, that is no rate: one number from 0 to 1.
 
-    A rate is a number from 0 to 1, two of them in order as its interval, or None where there is none.
+    Under the name `interval`, it is two of them in order, or None where there is no interval.
     """
     items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list | tuple) else ()
     for key, value in items:
         place = f"{where}.{key}".lstrip(".")
-        if key in names:
-            ends = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+        if key in names and not (key == "interval" and value is None):
+            length = 2 if key == "interval" else 1
+            ends = value if length == 2 and isinstance(value, list | tuple) else [value]
             numbers = all(type(end) in (int, float) and 0 <= end <= 1 for end in ends)
-            if value is not None and not (numbers and ends[0] <= ends[-1]):
+            if len(ends) != length or not numbers or ends[0] > ends[-1]:
                 return place
-        elif (bad_place := bad_rate(value, names, place)) is not None:
+        elif key not in names and (bad_place := bad_rate(value, names, place)) is not None:
             return bad_place
     return None
 

@@ -7,7 +7,7 @@ good on sources it knows. The MLLM then gets no weight, as its errors on new sou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN, Expert, load_expert
 from x2dfd.files import Json
 from x2dfd.loading import load
-from x2dfd.manifest import Sample, manifest_sha256
+from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
@@ -57,6 +57,7 @@ def calibrate(
     held_out: Path | None = None,
     other_experts: bool = False,
     loading: LoadOptions | None = None,
+    on_remark: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """Score, fit, write `calibration.json` into the adapter directory of the model.
 
@@ -64,7 +65,8 @@ def calibrate(
     weights that were trained without some sources (`left_out` in the card). All pictures of these sources count, except
     splits `val` and `test`; of other sources, only those of `split` do. Half of the pictures are taken as they are,
     half as their augmented view. `other_experts`: take the expert weights that are here, even if the adapter was
-    trained with others. Raises X2DFDError when a label is missing, and SetupError for a model without a directory.
+    trained with others. `on_remark` gets what a user should know of the pictures and the fit, in sentences. Raises
+    X2DFDError when a label is missing, and SetupError for a model without a directory.
     """
     if not 0 <= false_alarms <= 1:  # also not a number, which typer's bounds let pass
         raise X2DFDError(f"false_alarms must be a share from 0 to 1, not {false_alarms}", code="share_out_of_range")
@@ -88,10 +90,13 @@ def calibrate(
     held_out_sets = held_out_in(held_out, names) if held_out else []
     sets = [load_crops(path, side=detector.info.crop_size) for path in data]
     chosen = [
-        (crops, _some(_usable(crops, number, split, held_out_sets, card.held_out), limit), held_out_set)
+        (crops, _some(crops, _usable(crops, number, split, held_out_sets, card.held_out), limit), held_out_set)
         for crops in sets
         for number, held_out_set in enumerate([None, *held_out_sets])
     ]
+    for path, crops in zip(data, sets, strict=True):
+        if lost := _lost(path, crops, split, held_out_sets, card.held_out):
+            on_remark(lost)
     samples = [crops.samples[i] for crops, indices, _ in chosen for i in indices]
     fakes = _checked_labels(samples, split)
     rows = [row for crops, indices, held_out_set in chosen for row in _scores(detector, crops, indices, held_out_set)]
@@ -113,22 +118,57 @@ def calibrate(
     }
     result = replace(result, mllm_threshold=_mllm_threshold(rows, fakes, false_alarms), fitted_on=facts)
     result.save(adapter)
+    for line in _remarks(result, logits):
+        on_remark(line)
     return result
 
 
 def _usable(
     crops: CropSet, number: int, split: str, held_out_sets: Sequence[HeldOut], never: Collection[str]
 ) -> list[int]:
-    """The pictures that the experts of this number score (see `_scorer`), but for those of methods in `never`."""
-    found = [i for i, s in enumerate(crops.samples) if _scorer(s, split, held_out_sets) == number]
-    return [i for i in found if not set(crops.samples[i].method.split("+")) & set(never)]
+    """The pictures that the experts of this number score (see `_scorer`)."""
+    return [i for i, s in enumerate(crops.samples) if _scorer(s, split, held_out_sets, never) == number]
 
 
-def _some(indices: list[int], limit: int | None) -> list[int]:
-    """At most `limit` of them, drawn."""
+def _some(crops: CropSet, indices: list[int], limit: int | None) -> list[int]:
+    """At most `limit` of them, drawn: as many of each label, or all of the one that has fewer."""
     if limit is None or len(indices) <= limit:
         return indices
-    return sorted(int(i) for i in np.random.default_rng(0).choice(indices, limit, replace=False))
+    drawn = [int(i) for i in np.random.default_rng(0).permutation(indices)]
+    by_label = [[i for i in drawn if crops.samples[i].label == label] for label in ("real", "fake")]
+    return sorted(i for _, i in sorted((rank, i) for rows in by_label for rank, i in enumerate(rows))[:limit])
+
+
+def _lost(
+    path: Path, crops: CropSet, split: str, held_out_sets: Sequence[HeldOut], never: Collection[str]
+) -> str | None:
+    """A sentence on the pictures of a manifest that would count and have no usable face."""
+    wanted = [s.id for s in read_manifest(path) if _scorer(s, split, held_out_sets, never) is not None]
+    if not (lost := [name for name in wanted if name in crops.unusable]):
+        return None
+    example = f"{lost[0]}, {crops.unusable[lost[0]]}" + (", and others" if len(lost) > 1 else "")
+    return f"{len(lost)} of {len(wanted)} pictures not used: no usable face ({example})"
+
+
+def _remarks(result: Calibration, logits: dict[str, dict[str, Floats]]) -> Iterator[str]:
+    """What a fit cannot know, and which experts got no weight in it, in sentences."""
+    if few := result.few_pictures:
+        yield few
+    if "part" not in result.kinds:
+        yield "no fakes changed in part among the pictures: the rule knows faces made as a whole only"
+    if "whole" not in result.kinds:
+        yield "no faces made as a whole among the pictures: the rule knows fakes changed in part only"
+    for name, weight in result.weights.items():
+        if weight > 0:
+            continue
+        scores = [logits[kind][name] for kind in result.kinds if name in logits[kind]]
+        if not scores:
+            reason = "the kind of fake that its card names (covers) is not among the pictures"
+        elif not any(np.isfinite(column).any() for column in scores):
+            reason = "it gave no score to any picture"
+        else:
+            reason = "its score did not help on these pictures"
+        yield f"{name} has no weight: {reason}"
 
 
 def _checked_labels(samples: Sequence[Sample], split: str) -> NDArray[np.bool_]:
@@ -163,9 +203,13 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
     found: list[HeldOut] = []
     for place in sorted({path.parent for path in folder.glob("*/*.card.json")}):
         experts = {name: load_expert(name, place) for name in names if (place / f"{name}.card.json").is_file()}
-        left_out = {frozenset(expert.card.figures.get("left_out", ())) for expert in experts.values()}
         if not experts:
             continue
+        stated: list[object] = [expert.card.figures.get("left_out") for expert in experts.values()]
+        lists = [sources for sources in stated if isinstance(sources, list)]
+        if len(lists) < len(stated) or not all(isinstance(s, str) for sources in lists for s in sources):
+            raise X2DFDError(f"{place}: a card's `left_out` must be a list of names", code="left_out_invalid")
+        left_out = {frozenset(sources) for sources in lists}
         if len(left_out) > 1 or not all(left_out):
             raise X2DFDError(f"{place}: the cards' `left_out` must name the same sources", code="left_out_invalid")
         found.append(HeldOut(experts, left_out.pop()))
@@ -177,12 +221,14 @@ def held_out_in(folder: Path, names: Sequence[str]) -> list[HeldOut]:
     return found
 
 
-def _scorer(sample: Sample, split: str, held_out_sets: Sequence[HeldOut]) -> int | None:
+def _scorer(sample: Sample, split: str, held_out_sets: Sequence[HeldOut], never: Collection[str]) -> int | None:
     """Whose scores of a picture count: those of the first held-out experts that never met its source, counted from 1;
-    else the adapter's own, 0; None: it does not count.
+    else the adapter's own, 0; None: it does not count, as with every fake of a method in `never`.
 
     A generator's pictures are judged by the adapter's own experts: those that never met it would forbid every "real".
     """
+    if set(sample.method.split("+")) & set(never):
+        return None
     for number, held_out_set in enumerate(held_out_sets, start=1):
         if sample.origin in held_out_set.left_out and not sample.synthetic:
             return number if sample.split not in ("val", "test") else None

@@ -19,6 +19,7 @@ from x2dfd import prompts
 from x2dfd.adapter import FORENSIC, TOWER, WHOLE, AdapterCard, check_adapter, checked_additions
 from x2dfd.calibration import MLLM, Calibration
 from x2dfd.checkpoints import TORCH_DTYPES, base_identity
+from x2dfd.errors import SetupError
 from x2dfd.fetch import CHAT_TEMPLATE
 from x2dfd.files import Json
 from x2dfd.mllm import BATCH, LocalEncoding, LocalMLLM, YesNo, seeds_of
@@ -90,7 +91,14 @@ def tower_first(
         checked_additions(folder, card)
         additions, dtype = folder / TOWER, TORCH_DTYPES[precision]
         run_tower = partial(tower_states, layers=card.tower_layers, additions=additions, dtype=dtype)
-        load_tower_pass(card.tower_layers, additions, dtype)  # raises here if the base is missing
+        try:
+            load_tower_pass(card.tower_layers, additions, dtype)  # raises here if the base is missing
+        except KeyError as error:
+            raise SetupError(
+                f"the card of {card.name} names {card.tower_layers} tower layers, but the base lacks {error}; copy "
+                "the directory again",
+                code="tower_layers_invalid",
+            ) from error
         prompt_sha256 = prompts_of_base(card)
         identity = hashing.result()
     check_adapter(folder, card, identity, prompt_sha256)

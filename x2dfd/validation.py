@@ -14,6 +14,8 @@ from x2dfd.errors import SetupError
 from x2dfd.files import Json, bad_rate, checked, json_sha256, parse_json, write_text
 
 FILE = "validation.json"
+MODEL_FACTS = ("adapter_sha256", "experts", "band", "prompt_sha256")
+"""What identifies a model: facts of `ModelInfo` that a run's model and the model at hand must share."""
 PROPOSITIONS = (
     "H1: the most suspicious face in the picture was forged, in one of the ways that the validation run holds.",
     "H2: every face in the picture is as a camera took it, in a picture like the real ones of the validation run.",
@@ -26,7 +28,7 @@ class Validation:
 
     run: str  # task and manifest, for people
     manifest_sha256: str
-    model: Json  # adapter_sha256, experts and band of the model that was validated
+    model: Json  # MODEL_FACTS of the model that was validated
     n_real: int
     n_fake: int
     n_groups: int
@@ -38,7 +40,7 @@ class Validation:
     remark: str = ""  # a sentence for readers, such as what the model knew of these pictures
 
     def fits(self, facts: Json) -> bool:
-        """Whether the run is of that model: the same weights, experts and band."""
+        """Whether the run is of that model: the same weights, experts, band and prompts."""
         return all(facts.get(key) == value for key, value in self.model.items())
 
     def likelihood_ratio(self, p_fake: float) -> Json:
@@ -84,9 +86,15 @@ class Validation:
             raise ValueError("a step holds no likelihood ratio with its interval")
         if min(self.n_real, self.n_fake, self.n_groups) < 1 or self.cllr < 0:
             raise ValueError("a count is below 1, or the cost is below 0")
-        for name in ("false_alarms", "misses", "answered"):
+        if scores[0] != 0:
+            raise ValueError(f"its first likelihood ratio begins at a score of {scores[0]}, not 0")
+        if missing := [key for key in MODEL_FACTS if key not in self.model]:
+            raise ValueError(f"`model` does not say which {missing[0]} was validated")
+        for name in ("false_alarms", "misses", "answered", "auc"):
             rate = self.rates.get(name)
-            if not isinstance(rate, dict) or not {"value", "n"} <= rate.keys():
-                raise ValueError(f"`rates.{name}` lacks `value` or `n`")
+            if not isinstance(rate, dict) or "value" not in rate:
+                raise ValueError(f"`rates.{name}` has no `value`")
+            if type(n := rate.get("n")) is not int or n < 1:
+                raise ValueError(f"`rates.{name}.n` is no number of pictures")
         if (key := bad_rate(self.rates, ("value", "interval"))) is not None:
             raise ValueError(f"`rates.{key}` is not from 0 to 1")
