@@ -82,7 +82,12 @@ def _summary(run: Path, remark: str, result: Json, rows: Sequence[Json]) -> Vali
     groups = [{row["group"] for row, value in zip(scored, labels, strict=True) if value == label} for label in (0, 1)]
     if min(map(len, groups)) < MIN_GROUPS:
         raise X2DFDError(f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures", code="too_few_groups")
-    alike = f", all re-encoded: {alike}" if (alike := result["settings"].get("equalise")) else ""
+    if result["scorers"]["calibrated"].get("promise", {}).get("seen"):
+        raise X2DFDError(
+            f"{run}: its pictures are those that the calibration was fitted on", code="pictures_of_the_fit"
+        )
+    equalised = result["settings"].get("equalise")
+    alike = f", all re-encoded: {equalised}" if equalised else ""
     return Validation(
         run=f"{result['task']['name']}, manifest {data['sha256'][:12]}, split {data['split'] or 'all'}{alike}",
         manifest_sha256=data["sha256"],

@@ -195,6 +195,10 @@ def test_an_animation_as_an_image_object_says_that_one_picture_was_looked_at(for
     assert later.notes == ("hash_of_pixels", "one_of_6_frames")
     assert np.abs(later.pixels[16, 20].astype(int) - [110, 0, 0]).max() < 14
     assert load_picture(image.copy()).n_frames == 1
+    with Image.open(io.BytesIO(animation(format))) as image:
+        image.thumbnail((32, 32))
+        small = load_picture(image)
+        assert image.size == (32, 26) == small.pixels.shape[1::-1]  # what the caller did to it stays
     with Image.open(io.BytesIO(encoded(image.convert("RGB"), "GIF"))) as still:
         still.load()
     assert load_picture(still).notes == ("hash_of_pixels",)  # after its file was closed

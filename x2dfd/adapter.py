@@ -225,9 +225,7 @@ def attach(model: Any, folder: Path) -> Any:
         try:
             tuned: Any = PeftModel.from_pretrained(model, str(folder))
             return tuned.base_model.model if quantised else tuned.merge_and_unload()
-        except Exception as error:  # of any type: PEFT hardly checks what it reads
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-                raise
+        except (TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:  # PEFT hardly checks
             raise _config_error(folder, f"PEFT says {type(error).__name__}: {first_line(error)}") from error
 
 

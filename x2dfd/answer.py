@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from x2dfd.files import Json
 from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
@@ -280,7 +281,11 @@ def place(face: FaceReport, report: Report) -> str:
     n = len(report.faces)
     if n < 2 or face.frame is not None:
         return ""
-    left = sorted(report.faces, key=lambda one: one.box[0] + one.box[2] / 2).index(face)
+    ordered = sorted(report.faces, key=lambda one: one.box[0] + one.box[2] / 2)
+    left = ordered.index(face)
+    for a, b in pairwise(ordered):  # one above the other: neither is further left
+        if face in (a, b) and b.box[0] + b.box[2] / 2 - a.box[0] - a.box[2] / 2 < face.box[2] / 2:
+            return ""
     side, rank = ("left", left) if left < n / 2 else ("right", n - 1 - left)
     if n == 2 * left + 1:
         return "in the middle"

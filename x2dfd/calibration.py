@@ -29,7 +29,7 @@ SMALL = 50  # pictures that a source needs for its own threshold; a tenth of few
 FEW = 50  # real pictures, and fakes, below which probabilities near 0 and 1 are not supported
 _CLIP = 6.0  # larger logits are saturated and say nothing more about certainty
 _MAX_LOGIT = 700.0  # exp overflows above
-RATES = ("rate", "answered", "fakes_found", "false_alarms_allowed", *KINDS)  # in `fitted_on`, at any depth
+RATES = ("answered", "fakes_found", "false_alarms_allowed")  # in `fitted_on`, beside those of each source
 
 Floats = NDArray[np.float64]
 Logits = Mapping[str, Mapping[str, float | None]]
@@ -175,7 +175,11 @@ class Calibration:
         for key in ("n_real", "n_fake"):
             if key in self.fitted_on and (type(n := self.fitted_on[key]) is not int or n < 1):
                 raise ValueError(f"`fitted_on.{key}` is no number of pictures")
-        if (place := bad_rate(self.fitted_on, RATES)) is not None:
+        rates = {key: self.fitted_on[key] for key in RATES if key in self.fitted_on}
+        for key in ("false_alarms", "misses", "misses_allowed"):  # by the sources' names, which may be any
+            for name, entry in dict(self.fitted_on.get(key) or {}).items():
+                rates[f"{key}.{name}"] = entry.get("rate", -1) if isinstance(entry, dict) else entry
+        if (place := bad_rate(rates, rates)) is not None:
             raise ValueError(f"`fitted_on.{place}` is no rate from 0 to 1")
 
 

@@ -118,7 +118,7 @@ def _torch() -> Iterator[Check]:
 
     yield Check("threads", True, f"torch uses {torch.get_num_threads()} of {os.cpu_count()} processors")
     quick = "bf16 on this CPU, which has AMX or AMD's AVX-512 BF16 and is quicker in it"
-    slow = "fp32 on this CPU, which has neither AMX nor AMD's AVX-512 BF16 and is slower in bf16"
+    slow = "fp32 on this CPU, which has neither AMX nor AMD's AVX-512 BF16"
     yield Check("precision", True, f"the embedded model takes {quick if quick_in_16_bits('cpu') else slow}")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30

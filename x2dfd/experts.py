@@ -138,7 +138,8 @@ def _load(name: str, folder: Path | None) -> Expert:
         expert = cls(folder)  # type: ignore[call-arg]
     if expert.card.name != name:  # a calibration would look for its score under one name and find none
         raise SetupError(
-            f"expert {name!r} has the card of {expert.card.name!r}; copy the card and weights of {name!r} again",
+            f"expert {name!r} has the card of {expert.card.name!r}: its card and a plug-in's entry point must have one "
+            "name",
             code="expert_name_differs",
         )
     return expert

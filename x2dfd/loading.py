@@ -67,8 +67,8 @@ def load(
     language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with;
     mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
     (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU; a
-    pass of their own takes bf16 where that is quick, whatever `dtype` says. So does the embedded model on a CPU by
-    default if the MLLM only writes. `device_map` is as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes).
+    pass of their own takes bf16 where that is quick, whatever `dtype` says. Without `dtype`, so does the embedded model
+    on a CPU if the MLLM only writes. `device_map` is as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes), and
     `ignore_calibration` with mode="paper" is for fitting another one. Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)

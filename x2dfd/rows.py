@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError, first_line
-from x2dfd.files import Json, atomic_write, checked, parse_json
+from x2dfd.files import Json, atomic_write, check_fields, json_object, parse_json
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report, frames_asked
 
@@ -223,7 +223,7 @@ def model_hash(model: Json) -> str:
 def _stored_report(text: str, model: str) -> Report:
     """A stored report by the model of that hash. Raises ValueError, KeyError or TypeError for a damaged one."""
     data = parse_json(text)
-    checked(Report, data)
+    check_fields(Report, data)
     report = Report.from_dict(data)  # restores what `to_dict` leaves out
     frames_asked(report.media)
     if model_hash(report.model) != model:
@@ -280,7 +280,7 @@ def _write_jsonl(path: Path, chunks: Iterator[list[Json]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for chunk in chunks:
             for row in chunk:
-                report = None if row["report"] is None else parse_json(row["report"])
+                report = None if row["report"] is None else json_object(row["report"], path)
                 file.write(json.dumps(row | {"report": report}, allow_nan=False) + "\n")
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
+from PIL import GifImagePlugin, Image, ImageCms, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from x2dfd.errors import InputError
 from x2dfd.files import Json, printed_from_c
@@ -209,10 +209,29 @@ def from_image(image: Image.Image) -> Picture:
     pixels = rgb(image, 16 if image.mode.startswith("I") else 8, False, orientation, notes)
     n_frames = 1
     with pillow(notes), contextlib.suppress(ValueError):  # a closed file can no longer be counted
-        n_frames = int(getattr(image, "n_frames", 1))
+        n_frames = _frames_of(image)
         if n_frames > 1:
             notes.append(f"first_of_{n_frames}_frames" if image.tell() == 0 else f"one_of_{n_frames}_frames")
     return Picture(pixels, digest.hexdigest(), "PIL", n_frames, tuple(dict.fromkeys(notes)), None)
+
+
+def _frames_of(image: Image.Image) -> int:
+    """The number of frames in the picture's file; 1 without a file.
+
+    GIF and TIFF are counted by seeking, which would undo what the caller did to the picture: another object of the same
+    file counts theirs.
+    """
+    if not isinstance(image, GifImagePlugin.GifImageFile | TiffImagePlugin.TiffImageFile):
+        return int(getattr(image, "n_frames", 1))
+    if (stream := getattr(image, "_fp", None) or image.fp) is None:  # the first is kept when the picture was loaded
+        return 1
+    at = stream.tell()
+    stream.seek(0)
+    try:
+        with Image.open(io.BytesIO(stream.read())) as other:
+            return int(getattr(other, "n_frames", 1))
+    finally:
+        stream.seek(at)
 
 
 def _require_decoder(name: str) -> None:

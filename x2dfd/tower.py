@@ -32,7 +32,8 @@ CLOSER = 12
 sources that it never met (LOG.md)."""
 
 VIEWS = {"degrade": DEGRADE_VERSION, "codec": list(CODEC), "closer": CLOSER}
-"""The settings of augmented views. Caches and instruction sets that were made with others are refused."""
+"""The settings of augmented views, and what the forensic tower takes of a crop. Caches and instruction sets that were
+made with others are refused."""
 
 WIDTH = 768
 """Width of the tower's hidden states (CLIP ViT-B)."""
