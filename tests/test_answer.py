@@ -114,7 +114,8 @@ def test_a_face_among_several_is_told_by_its_place() -> None:
     assert places(90.0, 10.0) == ["on the right", "on the left"]
     assert places(50.0, 10.0, 90.0) == ["in the middle", "on the far left", "on the far right"]
     assert places(60.0, 90.0, 10.0, 30.0)[::3] == ["second from the right", "second from the left"]
-    assert places(*map(float, range(24)))[11:13] == ["twelfth from the left", "twelfth from the right"]
+    assert places(50.0, 52.0) == ["", ""]  # one above the other
+    assert places(*(12.0 * i for i in range(24)))[11:13] == ["twelfth from the left", "twelfth from the right"]
     two = (face(index=0, verdict=REAL), face(index=1, verdict=FAKE, box=(10.0, 60.0, 90.0, 99.0)))
     one = report(faces=two, verdict=FAKE)
     assert "face 2 of 2 (on the left)" in block(one)

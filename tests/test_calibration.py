@@ -231,6 +231,17 @@ def test_a_saved_calibration_comes_back_whole(tmp_path: Path) -> None:
     assert Calibration.load(tmp_path).mllm_threshold == 0.5
 
 
+def test_sources_may_have_any_name(tmp_path: Path) -> None:
+    """Bug prevented: a calibration on pictures of a source called "part" or "rate" is written and never read again."""
+    rates = {name: {"rate": 0.1, "n": 10} for name in ("part", "whole", "rate", "answered", "ffhq")}
+    facts = {**FITTED.fitted_on, "false_alarms": rates, "misses": rates, "answered": 0.5}
+    replace(FITTED, fitted_on=facts).save(tmp_path)
+    assert Calibration.load(tmp_path).fitted_on == facts
+    replace(FITTED, fitted_on=facts | {"misses": {"part": {"rate": 7}}}).save(tmp_path)
+    with raises("calibration_unreadable", "misses.part"):
+        Calibration.load(tmp_path)
+
+
 SAVED = json.loads(json.dumps(asdict(FITTED)))
 PARTLY = SAVED["kinds"]["part"]
 
