@@ -207,6 +207,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+PEFT_ERRORS = (TypeError, ValueError, KeyError, AttributeError, AssertionError, NotImplementedError)
+"""Raised by PEFT for a configuration that makes no sense to it, as it hardly checks what it reads."""
+
+
 def attach(model: Any, folder: Path) -> Any:
     """The base model with the adapter merged into its weights, or beside them if they are quantised.
 
@@ -225,7 +229,7 @@ def attach(model: Any, folder: Path) -> Any:
         try:
             tuned: Any = PeftModel.from_pretrained(model, str(folder))
             return tuned.base_model.model if quantised else tuned.merge_and_unload()
-        except (TypeError, ValueError, KeyError, AttributeError, AssertionError) as error:  # PEFT hardly checks
+        except PEFT_ERRORS as error:
             raise _config_error(folder, f"PEFT says {type(error).__name__}: {first_line(error)}") from error
 
 
