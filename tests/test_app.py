@@ -808,7 +808,7 @@ def test_the_first_verdict_comes_soon(
     monkeypatch.setattr(x2dfd.Detector, "explain", lambda self, report, *_, **__: report)  # comes after the verdict
     command.make_examples(tmp_path)
     visitor = Visitor(launched(demo.build(x2dfd.load())))
-    for name, most in (("forged.jpg", 5), ("clip.mp4", 20)):
+    for name, most in (("forged.jpg", 5), ("clip.mp4", 40)):
         sent = [visitor.upload((tmp_path / name).read_bytes(), name)]
         begin, work = time.perf_counter(), time.process_time()
         for message in visitor.follow(UPLOAD, "upload", sent, MODEL_NAME):

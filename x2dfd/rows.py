@@ -6,6 +6,7 @@ table itself (Parquet, or JSONL) is written whole from it. A killed run, or a la
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError, first_line
-from x2dfd.files import Json, atomic_write, check_fields, json_object, parse_json
+from x2dfd.files import Json, atomic_write, check_fields, parse_json
 from x2dfd.stores import sha256_of
 from x2dfd.types import Failure, Report, frames_asked
 
@@ -280,7 +281,9 @@ def _write_jsonl(path: Path, chunks: Iterator[list[Json]]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for chunk in chunks:
             for row in chunk:
-                report = None if row["report"] is None else json_object(row["report"], path)
+                report = row["report"]
+                with contextlib.suppress(ValueError):  # a damaged one, of a file outside of this run, stays as it is
+                    report = None if report is None else parse_json(report)
                 file.write(json.dumps(row | {"report": report}, allow_nan=False) + "\n")
 
 
