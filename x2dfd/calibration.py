@@ -177,7 +177,9 @@ class Calibration:
                 raise ValueError(f"`fitted_on.{key}` is no number of pictures")
         rates = {key: self.fitted_on[key] for key in RATES if key in self.fitted_on}
         for key in ("false_alarms", "misses", "misses_allowed"):  # by the sources' names, which may be any
-            for name, entry in dict(self.fitted_on.get(key) or {}).items():
+            if not isinstance(entries := self.fitted_on.get(key, {}), dict):
+                raise ValueError(f"`fitted_on.{key}` is no object")
+            for name, entry in entries.items():
                 rates[f"{key}.{name}"] = entry.get("rate", -1) if isinstance(entry, dict) else entry
         if (place := bad_rate(rates, rates)) is not None:
             raise ValueError(f"`fitted_on.{place}` is no rate from 0 to 1")
