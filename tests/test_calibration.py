@@ -259,7 +259,7 @@ PARTLY = SAVED["kinds"]["part"]
         json.dumps({**SAVED, "kinds": {"part": {**PARTLY, "bias": 1e300}}}), "[" * 100_000,
         json.dumps({**SAVED, "low": 0.9}), json.dumps({**SAVED, "high": "1"}), json.dumps({**SAVED, "high": 9}),
         json.dumps({**SAVED, "low": -5}), json.dumps({**SAVED, "mllm_threshold": 2}),
-        json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
+        json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"false_alarms": [1]}}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
         json.dumps({k: v for k, v in SAVED.items() if k != "fitted_on"}), json.dumps({**SAVED, "fitted_on": {}}),
         json.dumps({**SAVED, "fitted_on": {"experts": {"tower": "a" * 64}}}),
         *(json.dumps({**SAVED, "fitted_on": {"experts": EXPERTS, **change}}) for change in (
