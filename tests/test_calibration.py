@@ -259,11 +259,11 @@ PARTLY = SAVED["kinds"]["part"]
         json.dumps({**SAVED, "kinds": {"part": {**PARTLY, "bias": 1e300}}}), "[" * 100_000,
         json.dumps({**SAVED, "low": 0.9}), json.dumps({**SAVED, "high": "1"}), json.dumps({**SAVED, "high": 9}),
         json.dumps({**SAVED, "low": -5}), json.dumps({**SAVED, "mllm_threshold": 2}),
-        json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"false_alarms": [1]}}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
+        json.dumps({**SAVED, "fitted_on": []}), json.dumps({**SAVED, "fitted_on": {"experts": ["clip"]}}),
         json.dumps({k: v for k, v in SAVED.items() if k != "fitted_on"}), json.dumps({**SAVED, "fitted_on": {}}),
         json.dumps({**SAVED, "fitted_on": {"experts": {"tower": "a" * 64}}}),
         *(json.dumps({**SAVED, "fitted_on": {"experts": EXPERTS, **change}}) for change in (
-            {"misses_allowed": {"whole": "few", "part": 0.1}}, {"false_alarms_allowed": None},
+            {"misses_allowed": {"whole": "few", "part": 0.1}}, {"false_alarms_allowed": None}, {"false_alarms": [1]},
             {"false_alarms_allowed": [0.05, 0.1]}, {"n_real": "20"}, {"n_fake": 0}, {"n_real": None},
         )),
         json.dumps(SAVED).replace('"low"', '"high": 0.5, "low"'),
