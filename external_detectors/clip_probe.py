@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar
@@ -22,11 +23,11 @@ from external_detectors.crop_expert import CropExpert
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
-from x2dfd.experts import read_card
+from x2dfd.experts import Shared, read_card
 from x2dfd.faces import MARGIN
 from x2dfd.fetch import require
 from x2dfd.tower import WIDTH, tower_states
-from x2dfd.types import Card
+from x2dfd.types import Card, Evidence, Face
 
 WEIGHTS = EMBEDDED / "experts"
 
@@ -63,17 +64,18 @@ _last: deque[tuple[object, Tensor]] = deque(maxlen=4)  # batches: 64 faces, the 
 _lock = Lock()
 
 
-def clip_features(crops: Tensor) -> Tensor:
+def clip_features(crops: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Features of uint8 crops [n, CROP_SIZE, CROP_SIZE, 3]: [n, FEATURES], for each of LAYERS its class tokens, then
-    the mean patch of the face less that around it, then that of the face's edge less that of the face.
+    the mean patch of the face less that around it, then that of the face's edge less that of the face. `dtype`: as of
+    `tower_states`.
 
     Those of the last crops are kept, as both experts ask for the same.
     """
-    key = (LAYERS, hashlib.sha256(crops.contiguous().numpy().data).digest())
+    key = (LAYERS, dtype, hashlib.sha256(crops.contiguous().numpy().data).digest())
     with _lock:
         if (known := next((features for other, features in _last if other == key), None)) is not None:
             return known
-    states = tower_states(crops, max(LAYERS))
+    states = tower_states(crops, max(LAYERS), dtype=dtype)
     read = torch.stack([states[layer] for layer in LAYERS], 1)  # [n, layers, 1 + patches, WIDTH]
     face, edge, around = (torch.einsum("p,nlpw->nlw", place, read[:, :, 1:]) for place in (_FACE, _FACE_EDGE, _AROUND))
     features = torch.cat([part.flatten(1) for part in (read[:, :, 0], face - around, edge - face)], 1)
@@ -101,8 +103,9 @@ class ClipProbe(CropExpert):
         self._weight, self._bias = weights["weight"], weights["bias"]
         require("base")  # fail now, not at the first face
 
-    def p_fake(self, crops: Tensor) -> Tensor:
-        return (clip_features(crops)[:, : self.features] @ self._weight + self._bias).sigmoid()
+    def evidence(self, crops: Tensor, faces: Sequence[Face], shared: Shared | None) -> list[Evidence]:
+        features = clip_features(crops, shared.tower_dtype if shared else None)[:, : self.features]
+        return [Evidence(self.card.name, p) for p in (features @ self._weight + self._bias).sigmoid().tolist()]
 
 
 class ClipContrast(ClipProbe):

@@ -29,8 +29,11 @@ class CropExpert:
         """P(fake) [n] of crops [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
         raise NotImplementedError
 
-    def evidence(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        """The evidence for faces with the given crops, [n, CROP_SIZE, CROP_SIZE, 3] uint8."""
+    def evidence(self, crops: Tensor, faces: Sequence[Face], shared: Shared | None) -> list[Evidence]:
+        """The evidence for faces with the given crops, [n, CROP_SIZE, CROP_SIZE, 3] uint8.
+
+        `shared` is that of the whole batch: its hidden states may be of more faces.
+        """
         return [Evidence(self.card.name, score) for score in self.p_fake(crops).tolist()]
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
@@ -42,7 +45,7 @@ class CropExpert:
             batch = usable[start : start + self.at_once]
             with torch.inference_mode():
                 crops = torch.from_numpy(np.stack([faces[k].crop for k in batch]))
-                evidence = self.evidence(crops, [faces[k] for k in batch])
+                evidence = self.evidence(crops, [faces[k] for k in batch], shared)
             for k, result in zip(batch, evidence, strict=True):
                 has_score = result.score is not None and math.isfinite(result.score)
                 results[k] = result if has_score else Evidence(name, None, "the network gave no number")

@@ -71,8 +71,9 @@ class Tower(CropExpert):
         with torch.inference_mode():
             return self._evidence(states, faces)
 
-    def evidence(self, crops: Tensor, faces: Sequence[Face]) -> list[Evidence]:
-        return self._evidence(tower_states(crops, max(HEAD_LAYERS), self._additions), faces)
+    def evidence(self, crops: Tensor, faces: Sequence[Face], shared: Shared | None) -> list[Evidence]:
+        dtype = shared.tower_dtype if shared else None
+        return self._evidence(tower_states(crops, max(HEAD_LAYERS), self._additions, dtype), faces)
 
     def _evidence(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
         points = (cv2.transform(f.crop_landmarks[None], CLOSER_MATRIX)[0].astype(np.float32) for f in faces)

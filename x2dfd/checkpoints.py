@@ -25,7 +25,7 @@ from x2dfd.files import Json, file_sha256
 from x2dfd.model_spec import Bits, Dtype
 from x2dfd.prompts import Processor
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)

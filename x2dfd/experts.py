@@ -22,6 +22,7 @@ from x2dfd.types import KINDS, Card, Evidence, Face
 from x2dfd.worker import Worker
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BUILTIN: dict[str, str] = {
@@ -51,6 +52,8 @@ class Shared:
     tower: str = ""
     """SHA-256 of the additions that the tower carries; it then saw `closer` views (x2dfd.tower), whose points follow
     from `CLOSER_MATRIX`. "" for the base's own tower, which saw the crops."""
+    tower_dtype: torch.dtype | None = None
+    """Of the tower's matrix products, for experts that run a tower of their own; None leaves it to them."""
 
 
 @runtime_checkable

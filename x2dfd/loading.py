@@ -66,10 +66,11 @@ def load(
     `model` is described in `x2dfd.model_spec`. `mode` is calibrated, the default with an adapter, or paper, the
     language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with;
     mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
-    (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU; a
-    pass of their own takes bf16 where that is quick, whatever `dtype` says. Without `dtype`, so does the embedded model
-    on a CPU if the MLLM only writes. `device_map` is as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes), and
-    `ignore_calibration` with mode="paper" is for fitting another one. Raises SetupError with the remedy.
+    (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU. With
+    the embedded model on a CPU, whose MLLM only writes, they take its tower's precision: by default bf16 where that is
+    quick, else fp32; int8 multiplies bytes. With other models they choose it themselves. `device_map` is as in
+    transformers ("auto"), `bits` 4 or 8 (bitsandbytes), and `ignore_calibration` with mode="paper" is for fitting
+    another one. Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -110,8 +111,13 @@ def load(
         if folder and card and embedded_on_cpu and tower_decides(card, calibration, mode):
             if dtype is None and quick_in_16_bits("cpu"):
                 precision = "bf16"
-            load_whole = partial(local, precision, None, None)
+            load_whole = partial(local, "fp32" if precision == "int8" else precision, None, None)
             mllm, identity, prompt_sha256 = tower_first(folder, card, precision, lambda: load_whole()[0])
+        elif precision == "int8":
+            raise SetupError(
+                "int8 is for calibrated verdicts of the embedded model on a CPU; a large model takes --bits 8",
+                code="dtype_unsupported",
+            )
         else:
             mllm, identity, prompt_sha256 = local(precision, device_map, bits)
         runs_on = f"{target.type} {precision}" + (f", {bits}-bit weights" if bits else "")

@@ -55,6 +55,7 @@ class LocalEncoding:
     tower: str | None = ""  # SHA-256 of the tower's additions; "" without any, None if the adapter changed the tower
     shift: int = 0  # position of a token after the prefix, less the tokens before it: a picture may take few positions
     inputs: dict[str, Tensor] = field(default_factory=dict)  # the model inputs of a family that shares no prefix
+    tower_dtype: torch.dtype | None = None  # as in `Shared`
 
     @property
     def size(self) -> int:
@@ -75,7 +76,7 @@ class LocalEncoding:
         """
         if self.tower is None or not self.states:
             return None
-        return Shared(tuple(s.float().cpu() for s in self.states), self.tower)
+        return Shared(tuple(s.float().cpu() for s in self.states), self.tower, self.tower_dtype)
 
 
 class Encoding(Protocol):

@@ -29,7 +29,7 @@ from x2dfd.addresses import parsed
 from x2dfd.errors import SetupError
 
 Mode = Literal["calibrated", "paper"]
-Dtype = Literal["fp32", "bf16", "fp16"]
+Dtype = Literal["fp32", "bf16", "fp16", "int8"]
 Bits = Literal[4, 8]
 
 EMBEDDED_NAME, HUB, EXPERT, PACE = "embedded", "hub:", "expert:", "?requests-per-minute="

@@ -36,7 +36,8 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (of the embedded model bf16, where that is quick).",
+        help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (of the embedded model bf16, where that is quick). "
+        "int8 is for the embedded model on a CPU with VNNI: much quicker, and P(fake) moves by about 0.01.",
         rich_help_panel="Model",
     ),
 ]

@@ -22,9 +22,9 @@ from x2dfd.crops import CropSet, new_array, old_array
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.fetch import require
-from x2dfd.files import Json, file_sha256, locked_folder, read_json, write_text
+from x2dfd.files import Json, atomic_write, file_sha256, locked_folder, read_json, write_text
 from x2dfd.progress import progress
-from x2dfd.tower_pass import TowerPass
+from x2dfd.tower_pass import InputRange, Observer, TowerPass
 from x2dfd.types import Face
 
 CLOSER = 12
@@ -170,18 +170,64 @@ def additions_sha256(additions: Mapping[str, Tensor]) -> str:
 
 
 @cache
-def load_tower_pass(layers: int, additions: Path | None = None, dtype: torch.dtype = torch.float32) -> TowerPass:
-    """As `load_tower`, for inference on a CPU. `dtype`: fp32 or bf16, for the matrix products."""
+def load_tower_pass(
+    layers: int,
+    additions: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    observe: Observer | None = None,
+) -> TowerPass:
+    """As `load_tower`, for inference on a CPU. `dtype` (fp32, bf16, int8): of the matrix products; `observe`: as in
+    TowerPass."""
     from safetensors import safe_open
 
     folder = require("base")
+    ranges = read_ranges(additions) if dtype == torch.int8 else None
     config = read_json(folder / "config.json")["vision_config"]
     with safe_open(folder / "model.safetensors", "pt") as stream:  # a memory map: only what is used is read
         names = [k.removeprefix(PREFIX) for k in stream.keys() if k.startswith(PREFIX)]  # noqa: SIM118
         weights = {k: stream.get_tensor(PREFIX + k).float() for k in names if layer_of(k) < layers}
     if additions is not None:
         add_to_parameters(weights, layers, read_additions(additions))
-    return TowerPass(weights, layers, config.get("num_attention_heads", 12), dtype)
+    return TowerPass(weights, layers, config.get("num_attention_heads", 12), dtype, ranges, observe)
+
+
+def ranges_file(additions: Path | None) -> Path:
+    """The file of a tower's ranges: beside its additions, or the package's own for the base without any."""
+    return (additions or Path(__file__).parent / "weights" / "clip").with_suffix(".int8.safetensors")
+
+
+def _tower_sha256(additions: Path | None) -> str:
+    return additions_sha256(read_additions(additions)) if additions else ""
+
+
+def write_ranges(additions: Path | None, ranges: Mapping[str, InputRange]) -> None:
+    """Write the ranges of a tower's inputs (`external_detectors.train ranges` measures them)."""
+    from safetensors.torch import save_file
+
+    tensors = {f"{name}.divisor": r.divisor.half() for name, r in ranges.items()}
+    tensors |= {f"{name}.range": torch.tensor([r.low, r.high]) for name, r in ranges.items()}
+    with atomic_write(ranges_file(additions)) as temporary:
+        save_file(tensors, temporary, {"tower_sha256": _tower_sha256(additions)})
+
+
+def read_ranges(additions: Path | None) -> dict[str, InputRange]:
+    """The ranges of a tower's inputs. Raises SetupError where there are none, or they are of another tower."""
+    from safetensors import SafetensorError, safe_open
+
+    path = ranges_file(additions)
+    remedy = "measure them: python -m external_detectors.train ranges --data MANIFEST"
+    remedy += f" --model {additions.parent.parent}" if additions else ""
+    try:
+        with safe_open(path, "pt") as stream:
+            stated = (stream.metadata() or {}).get("tower_sha256")
+            tensors = {k: stream.get_tensor(k).float() for k in stream.keys()}  # noqa: SIM118
+        names = [k.removesuffix(".divisor") for k in tensors if k.endswith(".divisor")]
+        ranges = {n: InputRange(tensors[f"{n}.divisor"], *tensors[f"{n}.range"].tolist()) for n in names}
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise SetupError(f"int8 needs the ranges in {path}: {error}; {remedy}", code="ranges_unreadable") from error
+    if stated != _tower_sha256(additions):
+        raise SetupError(f"the ranges in {path} are of another tower; {remedy}", code="ranges_differ")
+    return ranges
 
 
 def tower_states(

@@ -33,11 +33,16 @@ class TowerFirst:
     batch = BATCH
 
     def __init__(
-        self, name: str, run_tower: Callable[[Tensor], tuple[Tensor, ...]], tower: str, load: Callable[[], LocalMLLM]
+        self,
+        name: str,
+        run_tower: Callable[[Tensor], tuple[Tensor, ...]],
+        tower: str,
+        load: Callable[[], LocalMLLM],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """`run_tower`: hidden states of uint8 crops; `tower`: as in `LocalEncoding`."""
+        """`run_tower`: hidden states of uint8 crops; `tower` and `dtype`: as in `LocalEncoding`."""
         self.name = name
-        self._run_tower, self._tower, self._load = run_tower, tower, load
+        self._run_tower, self._tower, self._load, self._dtype = run_tower, tower, load, dtype
         self._loaded: LocalMLLM | None = None
         self._loading = Lock()
 
@@ -50,7 +55,8 @@ class TowerFirst:
 
     def encode(self, crops: NDArray[np.uint8]) -> LocalEncoding:
         """Aligned face crops [n, s, s, 3] through the tower."""
-        return LocalEncoding(None, 0, self._run_tower(torch.from_numpy(crops)), seeds_of(crops), self._tower)
+        states = self._run_tower(torch.from_numpy(crops))
+        return LocalEncoding(None, 0, states, seeds_of(crops), self._tower, tower_dtype=self._dtype)
 
     def verdict_logits(self, encoding: LocalEncoding, questions: Sequence[str]) -> NDArray[np.float64]:
         """As LocalMLLM.verdict_logits."""
@@ -102,7 +108,8 @@ def tower_first(
         prompt_sha256 = prompts_of_base(card)
         identity = hashing.result()
     check_adapter(folder, card, identity, prompt_sha256)
-    return TowerFirst(f"{card.name} {card.version}", run_tower, card.tower_sha256, whole), identity, prompt_sha256
+    name = f"{card.name} {card.version}"
+    return TowerFirst(name, run_tower, card.tower_sha256, whole, dtype), identity, prompt_sha256
 
 
 class _ChatTemplate:

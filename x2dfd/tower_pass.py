@@ -7,13 +7,28 @@ a model of transformers, for trainings; the tests compare the two.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from x2dfd.errors import SetupError
+
 Layer = Callable[[Tensor], Tensor]
+
+
+class InputRange(NamedTuple):
+    """What the inputs of a linear layer are divided by, and between which values they lie then; for 8 bits."""
+
+    divisor: Tensor  # [in]
+    low: float
+    high: float
+
+
+Observer = Callable[[str, Tensor, Tensor], None]
+"""Called with the name of each product (see `InputRange`), its inputs [..., in] and its weight [out, in]."""
 
 
 class TowerPass:
@@ -22,13 +37,29 @@ class TowerPass:
     Its matrix products are oneDNN's: MKL's, which torch uses in fp32 otherwise, are half as quick on AMD's processors.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], layers: int, heads: int, dtype: torch.dtype) -> None:
-        """`weights`: fp32, by the names of CLIP in transformers; `dtype` (fp32 or bf16): of the matrix products."""
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        layers: int,
+        heads: int,
+        dtype: torch.dtype,
+        ranges: Mapping[str, InputRange] | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        """`weights`: fp32, by the names of CLIP in transformers; `dtype` (fp32, bf16, int8): of the matrix products.
+
+        `ranges`, for int8: by the names that `observe` gets, which measures them in fp32.
+        """
         self._kernel = weights["embeddings.patch_embedding.weight"]
         self._class_embedding = weights["embeddings.class_embedding"]
         self._positions = weights["embeddings.position_embedding.weight"]
         self._pre_norm = _norm(weights, "pre_layrnorm")
-        self._layers = [_layer(weights, f"encoder.layers.{k}", heads, dtype) for k in range(layers)]
+        names = [f"encoder.layers.{k}" for k in range(layers)]
+        if dtype == torch.int8:
+            check_8_bits()
+            self._layers = [_layer_in_8_bits(weights, n, heads, ranges or {}) for n in names]
+        else:
+            self._layers = [_layer(weights, n, heads, dtype, observe) for n in names]
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """Embeddings and each layer's output [n, 1 + patches, width], fp32, of CLIP's input [n, 3, side, side]."""
@@ -40,12 +71,34 @@ class TowerPass:
         return tuple(states)
 
 
-def _layer(weights: Mapping[str, Tensor], name: str, heads: int, dtype: torch.dtype) -> Layer:
-    qkv = _linear(weights, dtype, *(f"{name}.self_attn.{k}_proj" for k in "qkv"))
-    attention_out = _linear(weights, dtype, f"{name}.self_attn.out_proj")
-    # CLIP's activation is x * sigmoid(1.702 x), that is swish(1.702 x) / 1.702, and oneDNN has swish.
-    expand = _linear(weights, dtype, f"{name}.mlp.fc1", scale=1.702, activation="swish")
-    contract = _linear(weights, dtype, f"{name}.mlp.fc2", input_scale=1 / 1.702)
+Product = Literal["qkv", "attention_out", "expand", "contract"]
+
+
+def _joined(weights: Mapping[str, Tensor], name: str) -> dict[Product, tuple[Tensor, Tensor]]:
+    """Weight [out, in] and bias of each product of a layer.
+
+    CLIP's activation is x * sigmoid(1.702 x), that is swish(1.702 x) / 1.702, and oneDNN has swish.
+    """
+    prefixes = [f"{name}.self_attn.{k}_proj" for k in "qkv"]
+    qkv = tuple(torch.cat([weights[f"{n}.{part}"] for n in prefixes]) for part in ("weight", "bias"))
+    out, fc1, fc2 = (
+        (weights[f"{name}.{n}.weight"], weights[f"{name}.{n}.bias"])
+        for n in ("self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    )
+    return {
+        "qkv": (qkv[0], qkv[1]),
+        "attention_out": out,
+        "expand": (fc1[0] * 1.702, fc1[1] * 1.702),
+        "contract": (fc2[0] / 1.702, fc2[1]),
+    }
+
+
+def _layer(weights: Mapping[str, Tensor], name: str, heads: int, dtype: torch.dtype, observe: Observer | None) -> Layer:
+    products: dict[Product, Layer] = {}
+    for product, (weight, bias) in _joined(weights, name).items():
+        linear = _linear(weight, bias, dtype, "swish" if product == "expand" else "none")
+        products[product] = linear if observe is None else _observed(linear, observe, f"{name}.{product}", weight)
+    qkv, attention_out, expand, contract = products.values()
     norm1, norm2 = _norm(weights, f"{name}.layer_norm1"), _norm(weights, f"{name}.layer_norm2")
 
     def run(x: Tensor) -> Tensor:
@@ -66,25 +119,93 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(attention, v).transpose(1, 2).flatten(2)
 
 
-def _norm(weights: Mapping[str, Tensor], name: str) -> Layer:
+def _norm(weights: Mapping[str, Tensor], name: str, step: _Bytes | None = None) -> Layer:
     weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    if step is not None:
+        weight, bias = weight * step.factor, bias * step.factor + step.shift
     return lambda x: F.layer_norm(x, weight.shape, weight, bias)
 
 
-def _linear(
-    weights: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    *names: str,
-    scale: float = 1.0,
-    input_scale: float = 1.0,
-    activation: Literal["none", "swish"] = "none",
-) -> Layer:
-    """Linear layers with joined outputs, in `dtype`. Inputs are multiplied by `input_scale`, outputs by `scale`."""
-    weight, bias = (torch.cat([weights[f"{n}.{part}"] for n in names]).mul_(scale) for part in ("weight", "bias"))
-    weight, bias = weight.mul_(input_scale).to(dtype), bias.to(dtype)
+def _linear(weight: Tensor, bias: Tensor, dtype: torch.dtype, activation: Literal["none", "swish"]) -> Layer:
+    weight, bias = weight.to(dtype), bias.to(dtype)
     one_dnn = torch.backends.mkldnn.is_available()
     if one_dnn and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)  # laid out once as oneDNN's products want it
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, activation, [], "")
     function: Layer = F.silu if activation == "swish" else lambda x: x
     return lambda x: function(F.linear(x.to(dtype), weight, bias))
+
+
+def _observed(linear: Layer, observe: Observer, name: str, weight: Tensor) -> Layer:
+    def run(x: Tensor) -> Tensor:
+        observe(name, x, weight)
+        return linear(x)
+
+    return run
+
+
+def _layer_in_8_bits(weights: Mapping[str, Tensor], name: str, heads: int, ranges: Mapping[str, InputRange]) -> Layer:
+    """A layer whose products multiply bytes: inputs rounded to 0 to 255 by their `InputRange`, weights to -127 to 127.
+
+    A channel's divisor moves its outliers from the inputs into the weights (SmoothQuant, arXiv 2211.10438). Scaling and
+    shifting the inputs cost nothing: the norms do it, or the values that attention averages.
+    """
+    steps = {product: _Bytes(ranges[f"{name}.{product}"]) for product in ("qkv", "attention_out", "expand", "contract")}
+    joined = _joined(weights, name)
+    weight, bias = joined["qkv"]
+    values = slice(2 * len(weight) // 3, None)  # the last third, after queries and keys
+    weight, bias = weight.clone(), bias.clone()
+    weight[values] *= steps["attention_out"].factor[:, None]
+    bias[values] = bias[values] * steps["attention_out"].factor + steps["attention_out"].shift
+    joined["qkv"] = weight, bias
+    qkv, attention_out, expand, contract = (
+        step.linear(*joined[product], "swish" if product == "expand" else "none")  # type: ignore[index]
+        for product, step in steps.items()
+    )
+    norm1 = _norm(weights, f"{name}.layer_norm1", steps["qkv"])
+    norm2 = _norm(weights, f"{name}.layer_norm2", steps["expand"])
+    last = steps["contract"]
+
+    def run(x: Tensor) -> Tensor:
+        x = x + attention_out(_attention(*qkv(norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)))
+        return x + contract(expand(norm2(x)).mul_(last.factor).add_(last.shift))
+
+    return run
+
+
+class _Bytes:
+    """How the inputs x of a product become bytes: x * factor + shift, cut off below."""
+
+    def __init__(self, inputs: InputRange) -> None:
+        low, high = min(inputs.low, 0.0), max(inputs.high, 1e-6)
+        self._step = (high - low) / 255
+        self._zero = round(-low / self._step)
+        self._divisor = inputs.divisor
+        self.factor = 1 / (inputs.divisor * self._step)
+        self.shift = self._zero + 0.5
+
+    def linear(self, weight: Tensor, bias: Tensor, activation: Literal["none", "swish"]) -> Layer:
+        """A linear layer for inputs that are scaled and shifted already."""
+        product = _byte_product(weight * self._divisor, bias, self._step, self._zero, activation)
+        return lambda x: product(x.clamp_(0, 255).to(torch.uint8).flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def _byte_product(weight: Tensor, bias: Tensor, step: float, zero: int, activation: Literal["none", "swish"]) -> Layer:
+    """The product of bytes [n, in], which mean (x - zero) * step, with a weight [out, in] in 8 bits a row: fp32."""
+    scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+    packed = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
+    zeros = torch.zeros(len(weight), dtype=torch.int32)
+    return lambda x: torch.ops.onednn.qlinear_pointwise(
+        x, step, zero, packed, scale, zeros, bias, 1.0, 0, torch.float32, activation, [], ""
+    )
+
+
+@cache
+def check_8_bits() -> None:
+    """Raise SetupError unless this CPU adds products of bytes in full: without VNNI, pairs of them are cut off."""
+    x, weight = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127.0)
+    if torch.backends.mkldnn.is_available():
+        product = _byte_product(weight, torch.zeros(16), 1.0, 0, "none")(x)
+        if torch.allclose(product, x.float() @ weight.T):
+            return
+    raise SetupError("int8 needs a CPU with VNNI: leave out --dtype int8", code="int8_unsupported")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from external_detectors.train import heads, probe, tower
+from external_detectors.train import heads, probe, ranges, tower
 from x2dfd.cli import run_command
 
 EXAMPLE = "Example:\n\n  python -m external_detectors.train {}"
@@ -25,6 +25,7 @@ app.command(epilog=EXAMPLE.format("heads --data build/forged/manifest.jsonl --st
 app.command(epilog=EXAMPLE.format("probe --data photos.csv --data build/forged/manifest.jsonl --features F --out O"))(
     probe.probe
 )
+app.command(epilog=EXAMPLE.format("ranges --data photos.csv --model build/adapter"))(ranges.ranges)
 
 
 if __name__ == "__main__":
