@@ -29,6 +29,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
         q.shape, k.shape, v.shape
     ),
     torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
+    torch.ops.onednn.qlinear_pointwise: lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],
 }
 
 
@@ -41,8 +42,10 @@ class Rates:
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype) -> Rates:
-        weights = torch.ones(READ_SIDE, READ_SIDE, device=device, dtype=dtype)
-        vector = torch.ones(READ_SIDE, device=device, dtype=dtype)
+        """`dtype`: of the products; with int8 they are of bytes, and the other operations in fp32."""
+        numbers = torch.float32 if dtype == torch.int8 else dtype
+        weights = torch.ones(READ_SIDE, READ_SIDE, device=device, dtype=numbers)
+        vector = torch.ones(READ_SIDE, device=device, dtype=numbers)
         reading = median_seconds(lambda: weights @ vector, device, 10)
         side = 1024 if device.type == "cpu" else 8192
         return cls(matmul_rate(device, dtype, side), weights.numel() * weights.element_size() / reading)

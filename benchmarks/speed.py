@@ -54,7 +54,12 @@ EVIDENCE = (
 FACES = 4  # of the verdicts against the published recipe
 VIEWS = 400  # augmented views: a few in a hundred take twenty times as long as most
 FOLLOW_UP = "What about the eyes?"
-SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}  # largest allowed difference between the answers of two ways
+SAME = {
+    "fp32": 1e-4,
+    "bf16": 0.05,
+    "fp16": 0.02,
+    "int8": 0.01,
+}  # largest allowed difference between the answers of two ways
 
 Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
 
@@ -345,6 +350,21 @@ def expert_case(expert: Any, face: Any, n: int) -> Case:
     return Case(judge, per=n)
 
 
+def batch_case(detector: Any, pictures: Sequence[Any], size: int) -> Case:
+    """`detect` on all pictures, other ones in every run, because experts keep what they computed of the last crops."""
+    from PIL import ImageEnhance
+
+    runs = itertools.count()
+
+    def judge() -> Answers:
+        contrast = 1 - 0.002 * next(runs)
+        new = [ImageEnhance.Contrast(picture).enhance(contrast) for picture in pictures]
+        reports = list(detector.detect_many(new, batch_size=size, rationale=False))
+        return {"p_fake": [r.verdict.p_fake for r in reports]}
+
+    return Case(judge, per=len(pictures))
+
+
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     """Comparisons of the whole pipeline; with `tower_alone`, only those that the tower's precision changes."""
     from PIL import Image, ImageEnhance
@@ -362,10 +382,6 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=95)
     data = stream.getvalue()
-
-    def judged(size: int) -> Answers:
-        reports = list(detector.detect_many(pictures, batch_size=size, rationale=False))
-        return {"p_fake": [r.verdict.p_fake for r in reports]}
 
     # Another picture each time, because a detector caches the last encoding.
     turns, forged_turns = itertools.cycle(pictures), itertools.cycle(forged_pictures())
@@ -399,7 +415,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
             if '"p_fake"' not in line or (whole and run.returncode):
                 raise X2DFDError(f"the command ended with {run.returncode}, first line {line!r}", code="command_failed")
 
-    sizes = {f"{n} at a time": Case(lambda n=n: judged(n), per=len(pictures)) for n in BATCHES}  # type: ignore[misc]
+    sizes = {f"{n} at a time": batch_case(detector, pictures, n) for n in BATCHES}
     warm = {"verdict": Case(lambda: single(False)), "verdict and rationale of a fake": Case(explained)}
     decode = Case(lambda: {"format": load_media(data).format}, reads=len(data) + pixels.nbytes)
     first, ended = (Case(partial(command, whole), part=lambda: single(False), reads=weights) for whole in (False, True))
@@ -488,7 +504,7 @@ def measure(
         seconds = round(time.perf_counter() - start, 3)
         hashes = {"base": detector.info.base["sha256"], "adapter": detector.info.adapter_sha256}
         result |= {"model": detector.info.name, "hashes": hashes, "load_seconds": seconds}
-        tower_alone = device.type == "cpu" and precision == "bf16"
+        tower_alone = device.type == "cpu" and precision != "fp32"
         comparisons, trained = embedded(detector, device, dtype, threads, n_questions, model, tower_alone)
     else:
         settings = random_geometry(geometry == "toy")
@@ -534,7 +550,7 @@ def run(
     load = os.getloadavg()[0]  # of other processes, as the bench has not begun
     devices = _devices(geometry, only, torch.cuda.is_available())
     result: Json = {
-        "task": {"name": "speed", "version": 6},
+        "task": {"name": "speed", "version": 7},
         "geometry": geometry,
         "threads": threads,
         "devices": [],
@@ -559,10 +575,13 @@ def _devices(geometry: Geometry, only: Place | None, cuda: bool) -> list[tuple[s
     if only == "cuda" and not cuda:
         raise X2DFDError("there is no CUDA device here", code="cuda_missing")
     from x2dfd.tower import quick_in_16_bits
+    from x2dfd.tower_pass import adds_bytes_in_full
 
     devices: list[tuple[str, Dtype]] = [] if only == "cuda" or geometry == "llava-7b" else [("cpu", "fp32")]
     if devices and geometry == "embedded" and quick_in_16_bits("cpu"):
         devices.append(("cpu", "bf16"))
+    if devices and geometry == "embedded" and adds_bytes_in_full():
+        devices.append(("cpu", "int8"))
     if cuda and only != "cpu":
         devices += [("cuda", "fp32")] if geometry == "embedded" else []
         devices.append(("cuda", "bf16"))

@@ -114,7 +114,10 @@ def build(config: Any, device: torch.device, dtype: torch.dtype, four_bits: bool
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """FLOP per second of a square matrix product."""
+    """FLOP per second of a square matrix product, or operations with int8."""
+    if dtype == torch.int8:
+        b = torch.ones(side, side, device=device, dtype=dtype)
+        return 2 * side**3 / median_seconds(lambda: torch._int_mm(b, b), device, 10)
     a = torch.randn(side, side, device=device, dtype=dtype)
     return 2 * side**3 / median_seconds(lambda: a @ a, device, 10)
 

@@ -104,9 +104,7 @@ def test_the_bound_follows_from_shapes_and_rates(clock: Clock) -> None:
             linear(x)
             torch.nn.functional.scaled_dot_product_attention(query, query, query)
         assert operations.flop == 2 * 10 * 64 * 128 + 2 * 2 * 2 * 7 * 7 * 16
-    ours = _linear(
-        torch.ones(3, 4), torch.ones(3), torch.float32, "none"
-    )  # by oneDNN, not by MKL
+    ours = _linear(torch.ones(3, 4), torch.ones(3), torch.float32, "none")  # by oneDNN, not by MKL
     with Operations() as operations, torch.inference_mode():
         ours(torch.ones(1, 5, 4))
     assert operations.flop == 2 * 5 * 4 * 3

@@ -29,6 +29,7 @@ from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
 from x2dfd.prompts import QUESTION
 from x2dfd.tower import quick_in_16_bits
+from x2dfd.tower_pass import adds_bytes_in_full
 from x2dfd.types import Report
 
 pytestmark = pytest.mark.needs_base
@@ -113,6 +114,21 @@ def test_sixteen_bits_in_the_tower_hardly_move_a_verdict(tmp_path: Path) -> None
     assert (logits[0] != logits[1]).all() and logits[0] == pytest.approx(logits[1], abs=0.3)
     if not torch.cuda.is_available():
         assert x2dfd.load().info.runs_on == ("cpu bf16" if quick_in_16_bits("cpu") else "cpu fp32")
+
+
+@pytest.mark.skipif(not adds_bytes_in_full(), reason="this CPU has no VNNI")
+def test_bytes_in_the_tower_keep_the_answers(detector: Any, tmp_path: Path) -> None:
+    """Bug prevented: int8 that changes answers, that only half of the passes take, or that a report does not state."""
+    quick = x2dfd.load(dtype="int8")
+    assert quick.info.runs_on == "cpu int8"
+    for path in make_pair(tmp_path):
+        mine, its = (d.detect(path, rationale=False) for d in (quick, detector))
+        assert mine.verdict.label == its.verdict.label and p_fake(mine) == pytest.approx(p_fake(its), abs=0.05)
+        for one, other in zip(mine.faces[0].evidence, its.faces[0].evidence, strict=True):
+            assert one.score != other.score and one.score == pytest.approx(other.score, abs=0.1), one.expert
+    assert quick.detect(tmp_path / "forged.jpg").rationale  # by the language model in fp32
+    with raises("dtype_unsupported"):
+        x2dfd.load(dtype="int8", mode="paper")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import pickle
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from data_gen.build import BuildConfig, build
 from external_detectors import clip_probe, tower_net
 from external_detectors.tower import _on_crop
 from external_detectors.tower_net import GRID, POOLED
-from external_detectors.train import heads, loop, probe, self_blend
+from external_detectors.train import heads, loop, probe, ranges, self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
@@ -46,6 +47,7 @@ from x2dfd.tower import (
     tower_states,
     training_rows,
 )
+from x2dfd.tower_pass import adds_bytes_in_full
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 LAYERS = (1, 2, 3, 4)
@@ -244,6 +246,52 @@ def test_the_quick_pass_is_that_of_transformers(small: None, weights: Path, dtyp
         for mine, its in zip(found, wanted, strict=True):
             assert mine.dtype == torch.float32 and float((mine - its).abs().max()) <= most
     assert not torch.allclose(found[-1], tower_states(crops, max(LAYERS))[-1], atol=0.1)  # the additions count
+
+
+@pytest.mark.skipif(not adds_bytes_in_full(), reason="this CPU has no VNNI")
+def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
+    small: None, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bugs prevented: bytes with the wrong zero or scale; ranges of another tower; experts that keep fp32."""
+    folder = tmp_path / "mine"
+    shutil.copytree(weights, folder / "experts")
+    monkeypatch.setattr(clip, "CLIP_RANGES", tmp_path / "clip")
+    for name in ("HEAD_LAYERS", "LAYERS"):
+        monkeypatch.setattr(ranges, name, LAYERS)
+    additions = folder / "experts" / "tower.safetensors"
+    crops = torch.from_numpy(np.array(load_crops(photos).crops[:4]))
+    for tower, model in ((additions, folder), (None, None)):
+        with raises("ranges_unreadable"):
+            tower_states(crops, max(LAYERS), tower, torch.int8)
+        clip.load_tower_pass.cache_clear()
+        ranges.ranges([photos], model)
+        found = tower_states(crops, max(LAYERS), tower, torch.int8)
+        wanted = tower_states(crops, max(LAYERS), tower, torch.float32)
+        one = tower_states(crops[:1], max(LAYERS), tower, torch.int8)
+        for mine, its, alone in zip(found, wanted, one, strict=True):
+            assert float((mine - its).norm() / its.norm()) < 0.05
+            assert torch.allclose(alone[0], mine[0], atol=1e-4)  # what else is in the batch does not count
+        assert not torch.equal(found[-1], wanted[-1])
+    additions_of_another = {f"tower.{k}": v * 2 for k, v in clip.read_additions(additions).items()}
+    save_file(additions_of_another, additions)
+    clip.load_tower_pass.cache_clear()
+    with raises("ranges_differ"):
+        tower_states(crops, max(LAYERS), additions, torch.int8)
+
+
+@pytest.mark.skipif(not adds_bytes_in_full(), reason="this CPU has no VNNI")
+def test_experts_take_the_precision_of_the_tower(small: None, face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: int8 for half of a verdict's passes, or for an expert that nobody told."""
+    asked: list[torch.dtype | None] = []
+
+    def states(crops: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> tuple[Tensor, ...]:
+        asked.append(dtype)
+        return (torch.zeros(len(crops), 197, clip.WIDTH),) * 10
+
+    monkeypatch.setattr(clip_probe, "tower_states", states)
+    for dtype in (torch.int8, None):
+        clip_probe.ClipProbe().judge([face], Shared(None, "", dtype))
+    assert asked == [torch.int8, None]
 
 
 def test_points_masks_and_maps_follow_the_closer_view(

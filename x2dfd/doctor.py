@@ -115,11 +115,15 @@ def _torch() -> Iterator[Check]:
     import torch
 
     from x2dfd.tower import quick_in_16_bits
+    from x2dfd.tower_pass import adds_bytes_in_full
 
     yield Check("threads", True, f"torch uses {torch.get_num_threads()} of {os.cpu_count()} processors")
     quick = "bf16 on this CPU, which has AMX or AMD's AVX-512 BF16 and is quicker in it"
     slow = "fp32 on this CPU, which has neither AMX nor AMD's AVX-512 BF16"
-    yield Check("precision", True, f"the embedded model takes {quick if quick_in_16_bits('cpu') else slow}")
+    takes = quick if quick_in_16_bits("cpu") else slow
+    if adds_bytes_in_full():
+        takes += "; it can take --dtype int8"
+    yield Check("precision", True, f"the embedded model takes {takes}")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         yield Check("gpu", True, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GiB")

@@ -191,9 +191,12 @@ def load_tower_pass(
     return TowerPass(weights, layers, config.get("num_attention_heads", 12), dtype, ranges, observe)
 
 
+CLIP_RANGES = Path(__file__).parent / "weights" / "clip"
+
+
 def ranges_file(additions: Path | None) -> Path:
     """The file of a tower's ranges: beside its additions, or the package's own for the base without any."""
-    return (additions or Path(__file__).parent / "weights" / "clip").with_suffix(".int8.safetensors")
+    return (additions or CLIP_RANGES).with_suffix(".int8.safetensors")
 
 
 def _tower_sha256(additions: Path | None) -> str:

@@ -56,7 +56,8 @@ class TowerPass:
         self._pre_norm = _norm(weights, "pre_layrnorm")
         names = [f"encoder.layers.{k}" for k in range(layers)]
         if dtype == torch.int8:
-            check_8_bits()
+            if not adds_bytes_in_full():
+                raise SetupError("int8 needs a CPU with VNNI: leave out --dtype int8", code="int8_unsupported")
             self._layers = [_layer_in_8_bits(weights, n, heads, ranges or {}) for n in names]
         else:
             self._layers = [_layer(weights, n, heads, dtype, observe) for n in names]
@@ -201,11 +202,10 @@ def _byte_product(weight: Tensor, bias: Tensor, step: float, zero: int, activati
 
 
 @cache
-def check_8_bits() -> None:
-    """Raise SetupError unless this CPU adds products of bytes in full: without VNNI, pairs of them are cut off."""
+def adds_bytes_in_full() -> bool:
+    """Whether this CPU adds products of bytes in full. Without VNNI, the sums of pairs are cut off at 32,767."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     x, weight = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127.0)
-    if torch.backends.mkldnn.is_available():
-        product = _byte_product(weight, torch.zeros(16), 1.0, 0, "none")(x)
-        if torch.allclose(product, x.float() @ weight.T):
-            return
-    raise SetupError("int8 needs a CPU with VNNI: leave out --dtype int8", code="int8_unsupported")
+    product = _byte_product(weight, torch.zeros(16), 1.0, 0, "none")(x)
+    return torch.allclose(product, x.float() @ weight.T)
