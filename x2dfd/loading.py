@@ -102,28 +102,7 @@ def load(
     if spec.url is not None:
         mllm, info = _served(spec, folder, card)
     else:
-        base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
-        if folder and card and card.weights == WHOLE:
-            base = str(folder / WHOLE)
-        target, precision = choose_device(device, dtype, base)
-        local = partial(_local, base, folder, card, target)
-        embedded_on_cpu = spec.base is None and target.type == "cpu" and not bits and device_map is None
-        if folder and card and embedded_on_cpu and tower_decides(card, calibration, mode):
-            if dtype is None and quick_in_16_bits("cpu"):
-                precision = "bf16"
-            load_whole = partial(local, "fp32" if precision == "int8" else precision, None, None)
-            mllm, identity, prompt_sha256 = tower_first(folder, card, precision, lambda: load_whole()[0])
-        elif precision == "int8":
-            raise SetupError(
-                "int8 is for calibrated verdicts of the embedded model on a CPU; a large model takes --bits 8",
-                code="dtype_unsupported",
-            )
-        else:
-            mllm, identity, prompt_sha256 = local(precision, device_map, bits)
-        runs_on = f"{target.type} {precision}" + (f", {bits}-bit weights" if bits else "")
-        info = replace(_info(card, identity, prompt_sha256), runs_on=runs_on)
-        if card is None and isinstance(mllm, LocalMLLM):
-            info = replace(info, crop_size=crop_size_of(mllm.processor))
+        mllm, info = _here(spec, folder, card, calibration, mode, device, dtype, device_map, bits)
     chosen_experts = _experts(folder, card, calibration, mode, experts, other_experts)
     info = replace(
         info,
@@ -134,6 +113,44 @@ def load(
     )
     validation = Validation.load(folder) if folder else None
     return Detector(mllm, list(chosen_experts.values()), calibration, info, mode, validation)
+
+
+def _here(
+    spec: ModelSpec,
+    folder: Path | None,
+    card: AdapterCard | None,
+    calibration: Calibration | None,
+    mode: Mode,
+    device: str | None,
+    dtype: Dtype | None,
+    device_map: str | None,
+    bits: Bits | None,
+) -> tuple[LanguageModel, ModelInfo]:
+    """A model on this machine: the embedded one with its tower alone where that decides the verdict."""
+    base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
+    if folder and card and card.weights == WHOLE:
+        base = str(folder / WHOLE)
+    target, precision = choose_device(device, dtype, base)
+    local = partial(_local, base, folder, card, target)
+    embedded_on_cpu = spec.base is None and target.type == "cpu" and not bits and device_map is None
+    mllm: LanguageModel
+    if folder and card and embedded_on_cpu and tower_decides(card, calibration, mode):
+        if dtype is None and quick_in_16_bits("cpu"):
+            precision = "bf16"
+        load_whole = partial(local, "fp32" if precision == "int8" else precision, None, None)
+        mllm, identity, prompt_sha256 = tower_first(folder, card, precision, lambda: load_whole()[0])
+    elif precision == "int8":
+        raise SetupError(
+            "int8 is for calibrated verdicts of the embedded model on a CPU; a large model takes --bits 8",
+            code="dtype_unsupported",
+        )
+    else:
+        mllm, identity, prompt_sha256 = local(precision, device_map, bits)
+    runs_on = f"{target.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+    info = replace(_info(card, identity, prompt_sha256), runs_on=runs_on)
+    if card is None and isinstance(mllm, LocalMLLM):
+        info = replace(info, crop_size=crop_size_of(mllm.processor))
+    return mllm, info
 
 
 def _local(
