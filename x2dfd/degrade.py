@@ -77,13 +77,14 @@ def video_codec(pixels: Array, crf: int) -> Pixels:
     encoder.time_base, encoder.thread_count = Fraction(1, 25), 1
     encoder.options = {"crf": str(crf), "preset": "veryfast", "tune": "zerolatency"}
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(clipped[:height, :width]), format="rgb24")
-    packets = [*encoder.encode(frame.reformat(format="yuv420p")), *encoder.encode(None)]
+    # One thread each: starting more takes ten times as long as such a small frame.
+    packets = [*encoder.encode(frame.reformat(format="yuv420p", threads=1)), *encoder.encode(None)]
     decoder = av.CodecContext.create("h264", "r")
     decoder.thread_count = 1
     frames = [f for p in [*packets, None] for f in decoder.decode(p)]
     if len(frames) != 1:
         raise RuntimeError(f"H.264 gave {len(frames)} frames for a picture of shape {pixels.shape}")
-    clipped[:height, :width] = frames[0].to_ndarray(format="rgb24")
+    clipped[:height, :width] = frames[0].reformat(format="rgb24", threads=1).to_ndarray()
     return clipped
 
 

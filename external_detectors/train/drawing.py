@@ -47,9 +47,11 @@ def _cartoon(x: Pixels, rng: Rng) -> Array:
 
 def _flat(x: Pixels, rng: Rng) -> Array:
     """A handful of colours, in patches."""
-    # Two rounds, not OpenCV's five: half the time, and the patches differ by about one grey level.
+    # Half the size, and two rounds where OpenCV makes five: a tenth of the time.
     rounds = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 2, 1)
-    smooth = cv2.pyrMeanShiftFiltering(x, int(rng.integers(6, 14)), int(rng.integers(15, 40)), termcrit=rounds)
+    small = cv2.resize(x, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    small = cv2.pyrMeanShiftFiltering(small, int(rng.integers(3, 7)), int(rng.integers(15, 40)), termcrit=rounds)
+    smooth = cv2.resize(small, x.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     levels = int(rng.integers(4, 9))
     return (
         np.asarray((np.floor(smooth / 256.0 * levels) + 0.5) * (255 / levels), np.float32).clip(0, 255).astype(np.uint8)
