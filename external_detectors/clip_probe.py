@@ -103,9 +103,12 @@ class ClipProbe(CropExpert):
         self._weight, self._bias = weights["weight"], weights["bias"]
         require("base")  # fail now, not at the first face
 
+    def p_fake(self, crops: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return (clip_features(crops, dtype)[:, : self.features] @ self._weight + self._bias).sigmoid()
+
     def evidence(self, crops: Tensor, faces: Sequence[Face], shared: Shared | None) -> list[Evidence]:
-        features = clip_features(crops, shared.tower_dtype if shared else None)[:, : self.features]
-        return [Evidence(self.card.name, p) for p in (features @ self._weight + self._bias).sigmoid().tolist()]
+        scores = self.p_fake(crops, shared.tower_dtype if shared else None)
+        return [Evidence(self.card.name, score) for score in scores.tolist()]
 
 
 class ClipContrast(ClipProbe):

@@ -715,7 +715,7 @@ def test_a_face_is_compared_with_its_edge_and_its_surroundings(monkeypatch: pyte
     """Bug prevented: patches of another place, of rows taken for columns, or features of the crops before."""
     passes = []
 
-    def states(crops: Tensor, layers: int) -> tuple[Tensor, ...]:
+    def states(crops: Tensor, layers: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         """Of the first picture, a patch says how far it lies from the middle; of the second, how far up or down."""
         passes.append(len(crops))
         y, x = torch.meshgrid(torch.arange(14.0) - 6.5, torch.arange(14.0) - 6.5, indexing="ij")

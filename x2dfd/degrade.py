@@ -84,7 +84,7 @@ def video_codec(pixels: Array, crf: int) -> Pixels:
     frames = [f for p in [*packets, None] for f in decoder.decode(p)]
     if len(frames) != 1:
         raise RuntimeError(f"H.264 gave {len(frames)} frames for a picture of shape {pixels.shape}")
-    clipped[:height, :width] = frames[0].reformat(format="rgb24", threads=1).to_ndarray()
+    clipped[:height, :width] = frames[0].to_ndarray(format="rgb24", threads=1)
     return clipped
 
 

@@ -395,10 +395,10 @@ def _to_rgb(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) -
             notes.append("hdr_tone_mapped:" + {hdr.PQ: "PQ", hdr.HLG: "HLG"}[transfer])
         if primaries == hdr.BT2020:
             notes.append("bt2020_to_bt709")
-        deep = np.asarray(frame.to_ndarray(format="rgb48le", width=width, height=height), dtype=np.uint16)
+        deep = np.asarray(frame.to_ndarray(format="rgb48le", width=width, height=height, threads=1), dtype=np.uint16)
         pixels = hdr.to_bt709(deep, transfer, primaries)
     else:
-        pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
+        pixels = np.asarray(frame.to_ndarray(format="rgb24", width=width, height=height, threads=1), dtype=np.uint8)
     # Not `frame.side_data`: it and the frame hold each other, which left ten threads behind for every clip.
     matrix: Any = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg] # PyAV's stub lacks it
     if matrix is None:
