@@ -7,6 +7,7 @@ ai-edge-litert. Mesh point numbers are those of MediaPipe's canonical face model
 from __future__ import annotations
 
 import math
+import os
 import re
 import threading
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ class _Tflite:
                 code="face_model_missing",
             )
         with printed_from_c(_XNNPACK, []):
-            self._model = Interpreter(model_path=str(path), num_threads=1)
+            # Two threads find the same points in two thirds of the time; in batches they change nothing.
+            self._model = Interpreter(model_path=str(path), num_threads=min(2, os.cpu_count() or 1))
             self._model.allocate_tensors()
         self._turn = threading.Lock()
         self._input = self._model.get_input_details()[0]["index"]
