@@ -148,7 +148,7 @@ Remote = Annotated[
     str,
     typer.Option(
         metavar="A,B",
-        help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.",
+        help="Stores from which paths of the manifest are read (s3,gs), by fsspec.",
         rich_help_panel="Input",
     ),
 ]
