@@ -130,7 +130,7 @@ Examples:
 def command(
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="SPEC", help=f"{options.MODEL_HELP} Given again, visitors can pick one of them."),
+        typer.Option(metavar="SPEC", help=f"{options.MODEL_HELP} Repeat it to let visitors choose."),
     ] = None,
     mode: options.ModeOption = None,
     device: options.Device = None,
@@ -143,7 +143,7 @@ def command(
     name: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="HOST", help="A host name by which browsers call the page, as behind a proxy; others are refused."
+            metavar="HOST", help="A host name by which browsers reach the page, as behind a proxy; others are refused."
         ),
     ] = None,
 ) -> None:

@@ -40,7 +40,7 @@ MAX_EXPLAINED = 8  # the most suspicious faces of a file, which get a text: a cl
 KEEP_S = 3600  # seconds after which uploads, reports and sessions are deleted
 TIMEOUT_S = 120  # for the verdict on one clip
 FIRST = "First choose a photo or a video."
-SOON = "You can ask about the result when its explanation is written."
+SOON = "You can ask about the result once its explanation is written."
 NOTHING = "No face was found, so there is nothing to ask about."
 SUGGESTIONS = ("Why?", "Which area?", "How sure are you?", "What should I do now?")
 # Screen readers announce changes of an element that existed before, not a new element with `role="status"`.
@@ -335,7 +335,7 @@ class _Events:
             yield self.empty()
             return
         accepted, rows = files[:MAX_FILES], list[Row]()
-        start = self.empty(first=SOON if len(accepted) == 1 else "Pick a file of the table, then ask about it.")
+        start = self.empty(first=SOON if len(accepted) == 1 else "Pick a file from the table, then ask about it.")
         yield start | {p.verdict: draw("waiting", len(accepted)), p.stop: gr.Button(visible=True)}
         try:
             detector = self.model(model)

@@ -49,7 +49,7 @@ class Guard:
         if (reason := self._refusal(headers)) is not None:
             await _answer(send, 403, reason)
         elif scope["method"] == "POST" and scope["path"].endswith("/upload") and self.uploads.full():
-            await _answer(send, 507, "too many uploads lie here; they are deleted after about an hour")
+            await _answer(send, 507, "too many uploads are stored here; they are deleted after about an hour")
         else:
             await self.app(scope, receive, send)
 

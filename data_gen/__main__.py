@@ -55,7 +55,9 @@ def forge(
         float, typer.Option(help="share of pictures with a harmless change, the same for real and fake")
     ] = 0.5,
     combine: Annotated[float, typer.Option(help="share of forgeries with a second manipulation")] = 0.0,
-    ready_made: Annotated[float, typer.Option(help="share of the manifest's own fakes, passed through")] = 0.0,
+    ready_made: Annotated[
+        float, typer.Option(help="share of pictures that are the manifest's own fakes, passed through")
+    ] = 0.0,
     calib: Annotated[float, typer.Option(help="share of train groups put into split `calib`")] = 0.0,
     splits: Annotated[str, typer.Option(help="only these splits, comma-separated; empty for all")] = "",
     decoders: Annotated[Path | None, typer.Option(help="file of `data_gen decoders` to redraw with")] = None,
@@ -94,22 +96,26 @@ def build(
     held_out: Annotated[
         str, typer.Option("--hold-out", help="forge methods kept out of training, comma-separated")
     ] = "",
-    corrupt: Annotated[float, typer.Option(help="share of injected scores that are wrong or missing")] = 0.15,
+    corrupt: Annotated[
+        float, typer.Option(help="share of the experts' scores in questions that are made wrong or left out")
+    ] = 0.15,
     score_form: Annotated[str, typer.Option(help="how questions give scores: numbers, words or both")] = "numbers",
     closing: Annotated[
         bool,
-        typer.Option(help="end explanations with a sentence on the experts that agree; `x2dfd` adds it in any case"),
+        typer.Option(help="end explanations with a sentence on the experts that agree; only paper mode shows it"),
     ] = True,
     explanations: Annotated[int, typer.Option(min=0, help="explained verdicts per fake whose cues are known")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="at most this many pictures, drawn by id")] = None,
-    view_seed: Annotated[int, typer.Option(min=0, help="degradation of each picture; the same in finetune")] = 1,
+    view_seed: Annotated[int, typer.Option(min=0, help="seed of the augmented views; finetune needs the same")] = 1,
     format: Annotated[
         str | None,
         typer.Option(
-            help="also write it, with its pictures, in the format of another stack: llava, sharegpt, messages"
+            help="also write the set, with its pictures, in another stack's format: llava, sharegpt, messages"
         ),
     ] = None,
-    crop_size: Annotated[int, typer.Option(help="side of these pictures: 336 for LLaVA-1.5", min=224, max=1024)] = 224,
+    crop_size: Annotated[
+        int, typer.Option(help="side of the pictures of --format: 336 for LLaVA-1.5", min=224, max=1024)
+    ] = 224,
     seed: Seed = 0,
 ) -> None:
     """Instruction data from the forgeries' truth, the ranking and the experts' scores."""
@@ -128,7 +134,7 @@ def adopt(
     ] = None,
     experts: Annotated[
         str,
-        typer.Option(help="whose scores its questions give, ALIAS=NAME where these call one otherwise: blending=NAME"),
+        typer.Option(help="experts whose scores the questions state; ALIAS=NAME if renamed there: blending=NAME"),
     ] = "",
 ) -> None:
     """Another stack's conversations as an instruction set that finetune takes."""
@@ -146,12 +152,12 @@ catalogue.add_commands(app)
 @app.command(epilog="Example:\n\n  python -m data_gen decoders --data build/forged/manifest.jsonl")
 def decoders(
     data: Annotated[Path, typer.Option(help="manifest of `data_gen forge`: its untouched real photos are used")],
-    steps: Annotated[int, typer.Option(min=1, help="of 16 patches, for each decoder")] = 600,
+    steps: Annotated[int, typer.Option(min=1, help="training steps of each decoder, of 16 patches")] = 600,
     work: Annotated[
         Path, typer.Option(help="folder of finished decoders, from which a run that was cut off resumes")
     ] = Path("build/decoders"),
     out: Annotated[
-        Path, typer.Option(help="weight file; by default the one that the forge takes, else: forge --decoders FILE")
+        Path, typer.Option(help="weight file to write; the forge reads the default one, or forge --decoders FILE")
     ] = Path(__file__).parent / "weights" / "decoders.safetensors",
 ) -> None:
     """Train the small autoencoders whose decoders redraw faces."""

@@ -51,7 +51,7 @@ def random_questions(n: int, rng: np.random.Generator) -> list[CueQuestion]:
     unrelated = _WORDS["unrelated"]
     if not 0 <= n <= len(unrelated):
         raise X2DFDError(
-            f"{n} unrelated questions were asked for, and there are {len(unrelated)}", code="too_few_questions"
+            f"{n} unrelated questions were asked for, but there are {len(unrelated)}", code="too_few_questions"
         )
     chosen = sorted(rng.permutation(len(unrelated))[:n].tolist())
     return [CueQuestion(f"{unrelated[i]} {CUE_ENDING}", None, None, "random") for i in chosen]
@@ -63,7 +63,7 @@ def some(
     """`n` of the questions in their order: those on `cues` (area, artifact) first, then others drawn by `rng`, as an
     assessment costs pictures x questions. Raises X2DFDError when there are fewer than `n`."""
     if n > len(questions):
-        raise X2DFDError(f"{n} questions were asked for, and there are {len(questions)}", code="too_few_questions")
+        raise X2DFDError(f"{n} questions were asked for, but there are {len(questions)}", code="too_few_questions")
     order = rng.permutation(len(questions))
     priority = sorted(order, key=lambda i: (questions[i].area, questions[i].artifact) not in cues)  # a stable sort
     return [questions[i] for i in sorted(priority[:n])]
@@ -191,7 +191,7 @@ def generate(
     if len(accepted) < n:
         reasons = "; ".join(f"{r['question'][:80]!r}: {r['reason']}" for r in rejected[-3:])
         raise X2DFDError(
-            f"{model} wrote {len(accepted)} of {n} usable questions (last rejected: {reasons or 'none'})",
+            f"{model} wrote {len(accepted)} of {n} questions that can be used (last rejected: {reasons or 'none'})",
             code="generation_short",
         )
     return Generated(accepted, model, PROMPT, rejected)

@@ -33,12 +33,12 @@ Out = Annotated[Path, typer.Option(help="manifest to write (.jsonl)")]
 Shares = Annotated[str, typer.Option(help="divide the groups anew by hash: train=0.8,val=0.1,test=0.1")]
 Split = Annotated[str, typer.Option(help="put everything into this one split")]
 Only = Annotated[list[str] | None, typer.Option(help="only this split of the source; may be repeated")]
-Grouping = Annotated[Group, typer.Option("--group", help="what must not stand on two sides of a split")]
+Grouping = Annotated[Group, typer.Option("--group", help="what is kept on one side of a split")]
 Frames = Annotated[int | None, typer.Option(min=1, help="at most this many frames a clip, evenly spaced")]
 AllowMissing = Annotated[bool, typer.Option("--allow-missing", help="leave out missing files, even more than 1 %")]
 Roots = Annotated[list[Path] | None, typer.Option("--root", help="folder that holds the listed files; repeatable")]
-Real = Annotated[list[str] | None, typer.Option(metavar="PATH", help="all in it is real; repeatable")]
-Fake = Annotated[list[str] | None, typer.Option(metavar="[METHOD=]PATH", help="all in it is fake; repeatable")]
+Real = Annotated[list[str] | None, typer.Option(metavar="PATH", help="everything in it is real; repeatable")]
+Fake = Annotated[list[str] | None, typer.Option(metavar="[METHOD=]PATH", help="everything in it is fake; repeatable")]
 Source = Annotated[str, typer.Option(help="name of the data set or camera")]
 Clips = Annotated[bool, typer.Option("--clips", help="pictures in one folder are frames of one clip")]
 Level = Annotated[str, typer.Option(help="raw, c23 or c40")]
@@ -143,7 +143,9 @@ def deepfakebench(
     out: Out,
     root: Annotated[list[Path], typer.Option(help="folder that holds the listed files; repeatable")],
     compression: Level = "",
-    label: Annotated[list[str] | None, typer.Option(metavar="CLASS=real|fake", help="of an unusual class")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="CLASS=real|fake", help="label of a class that is not known here")
+    ] = None,
     frames: Frames = None,
     only: Only = None,
     split: Split = "",
@@ -191,7 +193,7 @@ def celebdf(
         bool,
         typer.Option(
             "--all",
-            help="also clips outside the list; they show the people in it: with --shares or --group clip",
+            help="also clips outside the list, which show the same people: needs --shares or --group clip",
         ),
     ] = False,
     frames: Frames = None,

@@ -57,20 +57,24 @@ def bench(
     device_map: load.DeviceMap = None,
     out: Annotated[Path | None, typer.Option(help="where result.json, result.html and samples.parquet go")] = None,
     split: Annotated[_Text, typer.Option(help="judge this split only")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="judge only so many samples, drawn with the seed")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="judge at most this many samples, drawn with the seed")
+    ] = None,
     by: Annotated[str, typer.Option(help="columns to report by")] = "source,method",
     seed: load.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     equalise: Annotated[bool, typer.Option(help="re-encode every picture in the same way")] = True,
-    experts: Annotated[_Text, typer.Option(help="experts: these (default: all of ours, and mesonet if here)")] = None,
+    experts: Annotated[
+        _Text, typer.Option(help="experts: score these (default: all of ours, and mesonet if here)")
+    ] = None,
     changes: Annotated[
-        _Text, typer.Option(help="experts: changes or suites to score under, or none; detect: the one change of all")
+        _Text, typer.Option(help="experts: changes or suites to score under, or none; detect: one for all pictures")
     ] = None,
     with_mllm: Annotated[
         bool, typer.Option("--with-mllm", help="experts: add the MLLM, so that the fusion is the whole verdict")
     ] = False,
     sentence_encoder: Annotated[Path | None, typer.Option(help="describe: encoder for the similarity")] = None,
-    questions: Annotated[Path | None, typer.Option(help="assess: these questions")] = None,
+    questions: Annotated[Path | None, typer.Option(help="assess: ask these questions")] = None,
     compat: Annotated[str, typer.Option(help="detect: also measure with a quirk of the stock loader: clips")] = "",
     reporting: Annotated[
         Path | None,

@@ -236,7 +236,7 @@ def open_set(folder: Path) -> Path:
     try:
         expected = parse_json(card.read_bytes())["manifest_sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise X2DFDError(f"{card} is no card of a CueBench ({error!r:.200})", code="cuebench_unfinished") from error
+        raise X2DFDError(f"{card} is not a CueBench card ({error!r:.200})", code="cuebench_unfinished") from error
     if not manifest.is_file() or manifest_sha256(manifest) != expected:
         raise X2DFDError(f"{manifest} is not that of {card}: make the set anew", code="cuebench_manifest_differs")
     bad_files = [

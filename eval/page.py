@@ -61,13 +61,13 @@ def _warnings(result: Result) -> Iterator[str]:
     if code and code["dirty"]:
         yield "Made from code with changes that are in no commit."
     if (look := result.get("reporting", {}).get("look", 1)) > 1:
-        yield f"This version's look number {look} at a reporting set, of which each version has one."
+        yield f"This is look number {look} of this version at a reporting set; each version should have one only."
     if failed := sum(result["failures"].values()):
         yield f"{failed} files could not be judged; they are in no rate below."
     for name, scorer in result.get("scorers", {}).items():
         promise = scorer.get("promise")
         if promise and promise["seen"]:
-            yield "The calibration was fitted on these pictures: its rates are no test."
+            yield "The calibration was fitted on these pictures: its rates are not those of a test."
         elif promise and promise["measured"]["kept"] is False:
             rate = percent(promise["measured"])
             yield f"{name}: false alarms are {rate}, above the {100 * promise['false_alarms_allowed']:.0f} % allowed."

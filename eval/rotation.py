@@ -180,10 +180,12 @@ def summary(towers: Sequence[Part]) -> Part:
 
 
 def run(
-    towers: Annotated[Path, typer.Option(help="folder of folders with experts that were trained without some sources")],
+    towers: Annotated[
+        Path, typer.Option(help="folder whose subfolders hold experts that were trained without some sources")
+    ],
     data: Annotated[list[Path], typer.Option(help="manifest; give it again for more")],
-    model: Annotated[Path, typer.Option(help="adapter directory, whose calibration and experts are taken")] = EMBEDDED,
-    limit: Annotated[int, typer.Option(min=1, help="most pictures of a source, generator or method")] = 60,
+    model: Annotated[Path, typer.Option(help="adapter directory, for its calibration and experts")] = EMBEDDED,
+    limit: Annotated[int, typer.Option(min=1, help="at most this many pictures of a source, generator or method")] = 60,
     out: Annotated[Path, typer.Option(help="result file")] = Path("build/rotation.json"),
 ) -> None:
     """What experts say of what they never met."""

@@ -54,7 +54,7 @@ def _given(sample: Sample) -> list[tuple[str | None, list[str]]]:
             raise TypeError("not a list")
         pairs = [(None, [i]) if isinstance(i, str) else (i["question"], i["answers"]) for i in items]
         if not all(isinstance(q, str | None) and isinstance(t, list) for q, t in pairs):
-            raise TypeError("a question is no text, or its answers are no list")
+            raise TypeError("a question is not text, or its answers are not a list")
         if not all(isinstance(text, str) for _, texts in pairs for text in texts):
             raise TypeError("not all are texts")
     except (TypeError, ValueError, KeyError) as error:

@@ -110,9 +110,11 @@ def _summary(run: Path, remark: str, result: Json, rows: Sequence[Json]) -> Vali
 
 
 def main(
-    run: Annotated[Path, typer.Option(help="where run_bench.py detect wrote")],
+    run: Annotated[Path, typer.Option(help="--out of a finished run_bench.py detect")],
     model: Annotated[Path, typer.Option(help="adapter directory; default: embedded")] = EMBEDDED,
-    remark: Annotated[str, typer.Option(help="a sentence for readers, such as what the model knew of them")] = "",
+    remark: Annotated[
+        str, typer.Option(help="a sentence for readers, such as what the model knew of the pictures")
+    ] = "",
 ) -> None:
     """Write the figures of a validation run beside the model's weights."""
     summary = validation(run, remark)

@@ -54,7 +54,7 @@ def convert(
     frame: Annotated[str, typer.Option(help="chat template: train_consistent, or official_infer")] = "train_consistent",
     experts: Annotated[
         str,
-        typer.Option(help="in the order of the prompt; ALIAS=NAME if it has another name for one: blending=NAME,NAME"),
+        typer.Option(help="experts in the prompt's order; ALIAS=NAME if renamed there: blending=NAME,NAME"),
     ] = "",
 ) -> None:
     """Published X2-DFD adapters (LLaVA's layout, or a checkpoint of its training) to the hub's layout, and back."""

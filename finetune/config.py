@@ -196,7 +196,7 @@ def check_inputs(config: FinetuneConfig) -> None:
     others = {"start": config.start, "expert_weights": config.expert_weights}
     given += [(key, Path(path)) for key, path in others.items() if path]
     if missing := [f"{key}: {path}" for key, path in given if not path.exists()]:
-        raise X2DFDError(f"not there: {', '.join(missing)}; make them, or correct the paths", code="input_missing")
+        raise X2DFDError(f"missing: {', '.join(missing)}; make them, or correct the paths", code="input_missing")
 
 
 def _is_expression(text: str) -> bool:

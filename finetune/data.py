@@ -140,11 +140,11 @@ def records(instructions: Path) -> Iterator[Json]:
 def _checked(record: object) -> Json:
     """The record itself. Raises ValueError unless it has every field that is read here."""
     if not isinstance(record, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     subject: dict[str, type] = {"images": list} if record.get("task") == TALK else {"row": int}
     for key, kind in {"id": str, "task": str, "split": str, "conversations": list, **subject}.items():
         if type(record.get(key)) is not kind:
-            raise ValueError(f"{key!r} is no {kind.__name__}")
+            raise ValueError(f"{key!r} is not of type {kind.__name__}")
     texts = [turn.get("value") if isinstance(turn, dict) else None for turn in record["conversations"]]
     if not texts or len(texts) % 2 or not all(isinstance(value, str) for value in texts):
         raise ValueError("'conversations' are not question and answer in turn")

@@ -451,7 +451,7 @@ def _instructions_card(config: FinetuneConfig) -> Json:
             raise X2DFDError(f"{path} cannot be read as a card: {error}", code="instructions_unreadable") from error
         if not isinstance(card, dict) or not isinstance(card.get("config"), dict):
             raise X2DFDError(
-                f"{path} is no card of an instruction set: it has no `config`", code="instructions_unreadable"
+                f"{path} is not the card of an instruction set: it has no `config`", code="instructions_unreadable"
             )
         if card.get("manifest_sha256") != file_sha256(manifest):
             raise X2DFDError(f"{instructions} were not built from {manifest}", code="manifest_differs")

@@ -436,7 +436,7 @@ def test_too_much_for_one_visitor(visitor: Visitor, detector: FakeDetector, monk
     holds the model, which all share, without end."""
     monkeypatch.setattr(demo, "MAX_FILES", 2)
     done = visitor.use(UPLOAD, "upload", [visitor.upload(ONE, f"{i}.jpg") for i in range(3)], MODEL_NAME)
-    assert detector.judged == 2 and "1 more file was left out" in done["output"]["data"][VERDICT]
+    assert detector.judged == 2 and "1 more file was not judged" in done["output"]["data"][VERDICT]
     monkeypatch.setattr(demo, "TIMEOUT_S", 0)
     shown = visitor.show(clip(tmp_path / "clip.mp4"), "clip.mp4")
     assert "Not judged" in shown["card"] and "longer than 0 seconds" in shown["card"]

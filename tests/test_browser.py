@@ -255,7 +255,7 @@ def test_several_files_and_a_clip(
     tab.get_by_test_id("file-upload").set_input_files(files)
     table = tab.get_by_role("region", name="Results")
     expect(table).to_contain_text("4 files: 2 likely fake, 1 not assessed, 1 not judged", timeout=60_000)
-    expect(tab.get_by_text("Pick a file of the table to see")).to_be_visible(timeout=30_000)
+    expect(tab.get_by_text("Pick a file from the table to see")).to_be_visible(timeout=30_000)
     looks_right(tab, "batch", scheme)
     table.get_by_role("button", name="landscape.jpg").press("Enter")
     expect(tab.get_by_role("region", name="Verdict")).to_contain_text("Not assessed", timeout=30_000)

@@ -158,7 +158,7 @@ def test_each_kind_is_fitted_on_its_own_fakes() -> None:
                             [k for k in kinds if k != "whole"], ["a"] * (2 * n))  # fmt: skip
     assert set(alone.kinds) == {"part"}  # nothing is said of a kind that was not there
     assert (kind_of("EFS"), *map(kind_of, ("FS", "FR", "FE"))) == ("whole", "part", "part", "part")
-    with pytest.raises(ValueError, match="no class of fakes"):
+    with pytest.raises(ValueError, match="not a class of fakes"):
         kind_of("")
 
 

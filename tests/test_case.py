@@ -237,7 +237,7 @@ def test_a_record_of_other_shapes_is_one_line(tmp_path: Path, made: Record) -> N
     (tmp_path / "a.html").write_text("<!doctype html>")
     with raises("not_a_case_record", "NAME.case.json") as caught:  # the page is what people have open
         case.read(tmp_path / "a.html")
-    assert "no JSON" in str(caught.value) and "char" not in str(caught.value)
+    assert "not JSON" in str(caught.value) and "char" not in str(caught.value)
     with raises("modes_mixed"):
         case.mode_stated(changed(made, _set("model", "mode", value=["paper"]), sealed=True))
 

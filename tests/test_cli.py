@@ -390,7 +390,7 @@ def test_a_damaged_row_is_judged_again(run: Run, detector: SmallDetector, photos
         detector.judged = []
         done = run("detect", photos, "--out", out)
         assert done.exit_code == 0 and detector.judged == ["a.png"], wrong
-        assert "rows that cannot be read, whose files were judged again: 1\n" in done.stderr
+        assert "rows that could not be read; their files were judged anew: 1\n" in done.stderr
         assert out.read_text().splitlines()[0] == first
     for name, value in {"label": {}, "p_fake": "x", "n_faces": 10**30, "rationale": 1, "path": ["a"]}.items():
         out.write_text("\n".join((*others, json.dumps(json.loads(first) | {name: value}))) + "\n")
@@ -509,7 +509,7 @@ def test_manifest_streams_in_batches_and_names_what_failed(
     manifest.write_text("path\n" + "".join(f"photos/{n}\n" for n in ("c.png", "gone.png", "a.png", "c.png", "b.png")))
     monkeypatch.setattr(run_detect, "BATCHES", 1)
     done = run("detect", "--manifest", manifest, "--out", tmp_path / "t.jsonl", "--batch-size", 2)
-    assert done.exit_code == 0 and "1 paths came more than once" in done.stderr
+    assert done.exit_code == 0 and "paths given more than once, which have one row each: 1" in done.stderr
     rows = table(tmp_path / "t.jsonl")
     assert [Path(row["path"]).name for row in rows] == ["c.png", "gone.png", "a.png", "b.png"]
     assert [row["error_code"] for row in rows] == [None, "not_found", None, None] and rows[1]["error_reason"]

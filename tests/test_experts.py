@@ -150,8 +150,8 @@ def _raises(n: int) -> list[Evidence]:
         (_raises, "KeyError: 'lens'"),
         (lambda n: [Evidence("odd", 0.5)] * (n - 1), "0 answers for 1 faces"),
         (lambda n: ["0.5"] * n, "str instead of Evidence"),
-        (lambda n: [Evidence("odd", math.nan)] * n, "nan is no probability"),
-        (lambda n: [Evidence("odd", 1.7)] * n, "1.7 is no probability"),
+        (lambda n: [Evidence("odd", math.nan)] * n, "nan is not a probability"),
+        (lambda n: [Evidence("odd", 1.7)] * n, "1.7 is not a probability"),
         (lambda n: [Evidence("odd", 0.5, b"x")] * n, "bytes instead of text"),  # type: ignore[arg-type]
         (lambda n: [Evidence("odd", 0.5, no_photo="no")] * n, "could not convert"),  # type: ignore[arg-type]
     ],

@@ -146,7 +146,7 @@ def test_a_rationale_against_the_verdict_or_an_expert_is_reported() -> None:
     the closing sentence without reading the score."""
     text = "This image is real. The nose is warped."
     cues = read_cues(text)
-    assert contradictions(text, "fake", [], cues) == ("The rationale says real, the verdict is fake.",)
+    assert contradictions(text, "fake", [], cues) == ("The rationale says real, but the verdict is fake.",)
     (only,) = contradictions(text, "real", [], cues)
     assert only == "The verdict is real, but the rationale names artifacts: nose geometry."
     (only,) = contradictions("This image is fake. It is genuine.", "fake", [], ())
@@ -155,11 +155,11 @@ def test_a_rationale_against_the_verdict_or_an_expert_is_reported() -> None:
     text = "This image is fake. A clear seam runs along the jaw." + expert_sentence("fake", evidence)
     assert contradictions(text, "fake", evidence, read_cues(text)) == ()
     (only,) = contradictions(text, "inconclusive", evidence, read_cues(text))
-    assert only == "The rationale says fake, and no answer is given."
+    assert only == "The rationale says fake, but no answer is given."
     whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
     assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
     (only,) = contradictions(whole, "fake", [], (), "part")
-    assert only == "The rationale speaks of a face made as a whole, the verdict does not."
+    assert only == "The rationale describes a face made as a whole, but the verdict does not."
     assert contradictions(whole, "fake", [], (), "whole") == ()
     obvious, few = (
         "This image is {}. Additionally, the image shows {} blending and clip artifacts supporting {}.".format(*words)
@@ -174,7 +174,7 @@ def test_a_rationale_against_the_verdict_or_an_expert_is_reported() -> None:
     assert "clip expert gave no score" in found
     (found,) = contradictions(obvious, "fake", mild[1:], ())
     assert "no blending expert" in found
-    assert any("supporting fake, the verdict is real" in c for c in contradictions(obvious[20:], "real", mild[1:], ()))
+    assert any("supporting fake, but the verdict" in c for c in contradictions(obvious[20:], "real", mild[1:], ()))
     (found,) = contradictions("This image is fake, with obvious blending artifacts.", "fake", mild, ())
     assert "score is 0.120" in found
 

@@ -42,7 +42,7 @@ def test_json_that_troubles_is_one_line(name: str, tmp_path: Path) -> None:
             parse_json(text)
         said = str(caught.value)
         assert "\n" not in said and len(said) < 200
-        assert {"twice": "'name' stands twice", "huge number": "5000 digits"}.get(name, "") in said
+        assert {"twice": "'name' occurs twice", "huge number": "5000 digits"}.get(name, "") in said
     (tmp_path / "card.json").write_text(HOSTILE[name])
     with raises("expert_card_unreadable") as refused:
         read_card(tmp_path / "card.json")
@@ -87,18 +87,18 @@ def test_shapes_and_rates_are_checked_at_each_level() -> None:
     good: dict[str, Any] = {"name": "a", "share": 1, "steps": [[0, 1.5]], "layers": [1, 2], "hashes": {"x": "y"}}
     check_fields(Shapes, good)
     for change, said in (
-        ({"name": 3}, "'name' is no str"),
-        ({"name": None}, "'name' is no str"),
-        ({"share": "0.5"}, "'share' is no finite number"),
-        ({"share": True}, "'share' is no finite number"),
-        ({"share": float("nan")}, "'share' is no finite number"),
-        ({"steps": {"0": 1}}, "'steps' is no list"),
-        ({"steps": [[0, 1], [0]]}, r"'steps\[1\]' is no list of the right length"),
-        ({"steps": [[0, "x"]]}, r"'steps\[0\]\[1\]' is no finite number"),
+        ({"name": 3}, "'name' is not of type str"),
+        ({"name": None}, "'name' is not of type str"),
+        ({"share": "0.5"}, "'share' is not a finite number"),
+        ({"share": True}, "'share' is not a finite number"),
+        ({"share": float("nan")}, "'share' is not a finite number"),
+        ({"steps": {"0": 1}}, "'steps' is not a list"),
+        ({"steps": [[0, 1], [0]]}, r"'steps\[1\]' is not a list of the right length"),
+        ({"steps": [[0, "x"]]}, r"'steps\[0\]\[1\]' is not a finite number"),
         ({"layers": [1, 2.5]}, "'layers' holds"),
         ({"layers": False}, "'layers' holds"),
-        ({"hashes": ["x"]}, "'hashes' is no object"),
-        ({"hashes": {"x": ["y"]}}, "'hashes.x' is no str"),
+        ({"hashes": ["x"]}, "'hashes' is not an object"),
+        ({"hashes": {"x": ["y"]}}, "'hashes.x' is not of type str"),
         ({"frame": 1}, "'frame' holds"),
         ({"more": 1}, "'more', which is not known"),
     ):

@@ -104,7 +104,7 @@ def test_a_slip_is_refused_before_anything_is_loaded(override: str, code: str, f
 @pytest.mark.parametrize(
     ("line", "fact"),
     [
-        (b"{", "record 2"), (b"\xff", "record 2"), (b"[1]", "no object"), (b"[" * 100_000, "nested"), (b"{}", "'id'"),
+        (b"{", "record 2"), (b"\xff", "record 2"), (b"[1]", "an object"), (b"[" * 100_000, "nested"), (b"{}", "'id'"),
         (b'{"id": "a", "task": "detect", "split": "train", "row": true, "conversations": []}', "'row'"),
         (b'{"id": "a", "task": "detect", "split": "train", "row": 0, "conversations": [{"value": "?"}]}', "in turn"),
     ],

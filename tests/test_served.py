@@ -454,11 +454,11 @@ ODD: dict[str, Callable[[Pixels], None]] = {
     ),
     "gives no log-probabilities": gives_none,
     "thinks before it answers (`<think>`, `reasoning_content`)": thinks,
-    "redirects, to wherever": redirects,
+    "redirects": redirects,
     "is this machine (localhost, 127.0.0.0/8, ::1)": is_this_machine,
     "answers with broken, deeply nested or misshapen JSON": writes_no_chat_completion,
-    "sends more than 8 MB, or drips": never_ends,
-    "allows so many requests a minute": counts_requests,
+    "sends more than 8 MB, or too slowly": never_ends,
+    "limits the requests per minute": counts_requests,
 }
 """What endpoints differ in, as the table of docs/served.md names it, and what shows how that is met."""
 
@@ -468,7 +468,7 @@ def test_an_odd_endpoint_is_met_as_the_docs_say(crops: Pixels, name: str) -> Non
     """A traceback, a run without end, a number read from what is none; or a row of the docs that nothing shows."""
     ODD[name](crops)
     text = (Path(__file__).parent.parent / "docs" / "served.md").read_text(encoding="utf-8")
-    rows = text.split("| an endpoint that | is met so |\n|---|---|\n")[1].split("\n\n")[0]
+    rows = text.split("| an endpoint that | what x2dfd does |\n|---|---|\n")[1].split("\n\n")[0]
     assert [row.split(" | ")[0] for row in rows.splitlines()] == [f"| {differs}" for differs in ODD]
 
 

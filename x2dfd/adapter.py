@@ -312,12 +312,12 @@ def _fault_of(config: Json) -> str | None:
         if not isinstance(value := config.get(key), types):
             return f"its {key} is {value!r:.60}"
     if not (modules is None or _are_names(modules)):
-        return "its modules_to_save is no list of names"
+        return "its modules_to_save is not a list of names"
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except (re.error, OverflowError, RecursionError) as error:
-            return f"its target_modules is no regular expression ({error})"
+            return f"its target_modules is not a regular expression ({error})"
     elif not (targets is None or _are_names(targets)):
         return "its target_modules is neither an expression nor a list of names"
     return None

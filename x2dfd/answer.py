@@ -30,7 +30,7 @@ KINDS_SAID = {"whole": "made as a whole by a generator", "part": "changed in par
 
 REASONS = {
     "no_face": "No face was found, so nothing was assessed. This says nothing about whether the picture is real. "
-    "If it shows one, a copy in which that is larger, upright and not covered may give an answer.",
+    "If it shows a face, a copy in which the face is larger, upright and not covered may give an answer.",
     "not_a_photograph": "This looks like a drawing, a painting or a render. Forgery detection applies to photos only. "
     "If it was made from a photo, judge that one.",
 }
@@ -49,7 +49,7 @@ DECODED = {
     r"first_of_(\d+)_frames": r"only the first of its \1 pictures was looked at",
     r"frames_missing:(\d+)": r"\1 of the sampled frames could not be decoded",
     r"frames_not_all_counted": "its frames were not all counted",
-    r"hash_of_pixels": "given as pixels: the SHA-256 is of them, not of a file",
+    r"hash_of_pixels": "given as pixels: the SHA-256 is that of the pixels, not of a file",
     r"hdr_tone_mapped:(.+)": r"HDR (\1) tone-mapped to the range of ordinary pictures",
     r"icc_ignored:.*": "its colour profile cannot be used; colours taken as sRGB",
     r"icc_to_srgb:(.*)": r"colours converted from its profile (\1) to sRGB",
@@ -78,8 +78,8 @@ LIMITS = {
     "beforehand. It holds for pictures like those; for other cameras, other kinds of forgery or heavy compression it "
     "can be off in either direction.",
     "The likelihood ratio": "How many times as frequent such a score is among the forged as among the real pictures of "
-    "one named run, or the other way round. It rests on the pictures of that run alone, and says nothing of how likely "
-    "a forgery was before the picture was looked at.",
+    "one named run, or the other way round. It rests on the pictures of that run alone, and says nothing about how "
+    "likely a forgery was before the picture was looked at.",
     "No answer": "The models are wrong too often at such scores. It means neither slightly fake nor slightly real.",
     "The explanation": "Unless it is marked as a fixed text, a language model wrote it, knowing the answer and the "
     "experts' scores. The program removed what goes against these, and added signs that an expert is sure of. Look at "
@@ -171,7 +171,7 @@ def _would_help(report: Report, face: FaceReport | None) -> str:
     if losses:
         return "The file is strongly compressed: an original with fewer losses may give an answer."
     other = "clip" if media.get("kind") == "video" else "picture"
-    return f"The {width}, so a larger copy hardly helps. Another {other} of the same moment may give an answer."
+    return f"The {width}, so a larger copy is unlikely to help. Another {other} of the same moment may give an answer."
 
 
 def decided_by(model: Json) -> str:

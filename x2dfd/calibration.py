@@ -50,7 +50,7 @@ def sigmoid(logit: Floats | float) -> Floats:
 def kind_of(df_class: str) -> str:
     """The kind of a class of fakes: EFS is made as a whole, the others are changed in part. Raises ValueError."""
     if df_class not in ("EFS", "FS", "FR", "FE"):
-        raise ValueError(f"{df_class!r} is no class of fakes")
+        raise ValueError(f"{df_class!r} is not a class of fakes")
     return KINDS[0] if df_class == "EFS" else KINDS[1]
 
 
@@ -81,7 +81,7 @@ class Logistic:
         for name, weight in self.weights.items():
             value = logits.get(name)
             if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} gave {value}, which is no logit")
+                raise ValueError(f"{name} gave {value}, which is not a logit")
             total += 0.0 if value is None else weight * (max(-_CLIP, min(_CLIP, value)) - self.means[name])
         return 1 / (1 + math.exp(-total))
 
@@ -155,9 +155,9 @@ class Calibration:
         """Raises ValueError for numbers that a fit cannot give."""
         # `choose_band` may set a threshold 1e-6 above a score of 1.
         if not 0 <= self.low <= self.high <= 1 + 1e-6:
-            raise ValueError(f"its band from {self.low} to {self.high} is no range of probabilities")
+            raise ValueError(f"its band from {self.low} to {self.high} is not a range of probabilities")
         if not 0 <= self.mllm_threshold <= 1:
-            raise ValueError(f"its mllm_threshold {self.mllm_threshold} is no probability")
+            raise ValueError(f"its mllm_threshold {self.mllm_threshold} is not a probability")
         if not self.kinds or self.kinds.keys() - set(KINDS):
             raise ValueError(f"its kinds of fake are {', '.join(self.kinds) or 'none'}, not {', '.join(KINDS)}")
         for fit in self.kinds.values():
@@ -174,15 +174,15 @@ class Calibration:
             raise ValueError(f"`fitted_on.experts` does not name the weights of {unnamed[0]!r}, whose score it takes")
         for key in ("n_real", "n_fake"):
             if key in self.fitted_on and (type(n := self.fitted_on[key]) is not int or n < 1):
-                raise ValueError(f"`fitted_on.{key}` is no number of pictures")
+                raise ValueError(f"`fitted_on.{key}` is not a number of pictures")
         rates = {key: self.fitted_on[key] for key in RATES if key in self.fitted_on}
         for key in ("false_alarms", "misses", "misses_allowed"):  # by the sources' names, which may be any
             if not isinstance(entries := self.fitted_on.get(key, {}), dict):
-                raise ValueError(f"`fitted_on.{key}` is no object")
+                raise ValueError(f"`fitted_on.{key}` is not an object")
             for name, entry in entries.items():
                 rates[f"{key}.{name}"] = entry.get("rate", -1) if isinstance(entry, dict) else entry
         if (place := bad_rate(rates, rates)) is not None:
-            raise ValueError(f"`fitted_on.{place}` is no rate from 0 to 1")
+            raise ValueError(f"`fitted_on.{place}` is not a rate from 0 to 1")
 
 
 def fit_logistic(logits: Mapping[str, Floats], labels: Floats, weights: Floats, ridge: float = 0.02) -> Logistic:

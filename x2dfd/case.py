@@ -81,7 +81,7 @@ def read(path: Path) -> Json:
     try:
         case = parse_json(path.read_bytes())
         if case["format"] != FORMAT or not isinstance(case["reports"], list) or not isinstance(case["seal"], str):
-            raise ValueError("it is of another format")
+            raise ValueError("its format is another")
         for report in case["reports"]:
             shapes = {"model": dict, "media": dict, "provenance": dict, "faces": list}
             if not all(isinstance(report.get(key, kind()), kind) for key, kind in shapes.items()):
@@ -90,12 +90,12 @@ def read(path: Path) -> Json:
             raise ValueError("its cards have another shape")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-            why = "it is no JSON"
+            why = "it is not JSON"
         else:
-            why = first_line(error) if isinstance(error, OSError | ValueError) else "it is of another format"
+            why = first_line(error) if isinstance(error, OSError | ValueError) else "its format is another"
         raise X2DFDError(
-            f"{path} is no case record ({why}). The record stands beside the page: "
-            "`x2dfd detect FILE --report NAME.html` writes it as NAME.case.json",
+            f"{path} is not a case record ({why}). "
+            "`x2dfd detect FILE --report NAME.html` writes one as NAME.case.json, beside the page",
             code="not_a_case_record",
         ) from error
     return dict(case)
@@ -137,7 +137,7 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
     notes: list[str] = []
     if made["seal"] != seal(made):
         changed.append("the record was changed after it was written: its seal does not fit")
-    changed += [f"{key}: no case record has such an entry" for key in made if key not in KEYS]
+    changed += [f"{key}: a case record has no such entry" for key in made if key not in KEYS]
     quick = next(iter(detector.detect_many([file], rationale=False)))
     if isinstance(quick, Failure) and quick.sha256 is None:
         raise X2DFDError(
@@ -286,5 +286,5 @@ def mode_stated(case: Json) -> Mode:
     if modes == {"paper"}:
         return "paper"
     raise SetupError(
-        f"the record states the modes {sorted(modes)}; it cannot be judged anew in one run", code="modes_mixed"
+        f"the record states the modes {sorted(modes)}; its files cannot be judged anew in one run", code="modes_mixed"
     )

@@ -356,7 +356,7 @@ def choose_device(
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise SetupError(
-            f"{device!r} is no device; give cpu, cuda or, for the second GPU, cuda:1", code="device_unknown"
+            f"{device!r} is not a device; give cpu, cuda or, for the second GPU, cuda:1", code="device_unknown"
         ) from error
     if target.type == "cuda" and (not torch.cuda.is_available() or (target.index or 0) >= torch.cuda.device_count()):
         raise SetupError(

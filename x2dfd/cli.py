@@ -148,7 +148,7 @@ Remote = Annotated[
     str,
     typer.Option(
         metavar="A,B",
-        help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.",
+        help="Stores from which paths of the manifest are read (s3,gs), by fsspec.",
         rich_help_panel="Input",
     ),
 ]
@@ -165,16 +165,14 @@ Isolate = Annotated[
     bool,
     typer.Option(
         "--isolate",
-        help="Decode in a process of its own with bounded memory and CPU: a file that crashes or hangs a decoder "
-        "is a row.",
+        help="Decode in a separate process with bounded memory and CPU: a file that crashes or hangs a decoder becomes "
+        "a row with the reason.",
         rich_help_panel="Input",
     ),
 ]
 Server = Annotated[
     str | None,
-    typer.Option(
-        metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them.", rich_help_panel="Model"
-    ),
+    typer.Option(metavar="URL", help="Send the files to the `x2dfd serve` at this address.", rich_help_panel="Model"),
 ]
 NoRationale = Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.", rich_help_panel="Output")]
 ReportFile = Annotated[
@@ -182,7 +180,7 @@ ReportFile = Annotated[
     typer.Option(
         metavar="FILE.html",
         help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
-        "`x2dfd verify` checks. Ending in .pdf, the page is printed as well, which needs chromium.",
+        "`x2dfd verify` checks. If the name ends in .pdf, the page is also printed, which needs chromium.",
         rich_help_panel="Output",
     ),
 ]
@@ -214,7 +212,9 @@ Engine = Annotated[
         help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.", rich_help_panel="Scale"
     ),
 ]
-Actors = Annotated[int, typer.Option(min=1, metavar="N", help="Number, for --engine ray.", rich_help_panel="Scale")]
+Actors = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Number of actors, with --engine ray.", rich_help_panel="Scale")
+]
 
 
 @app.command(
@@ -248,9 +248,9 @@ def detect(
     engine: Engine = "local",
     actors: Actors = 1,
 ) -> None:
-    """Say of each picture or video whether its faces look forged, and why.
+    """Judge pictures and videos: whether their faces look forged, and why.
 
-    A file that cannot be judged is a row with the reason; the run goes on and ends with exit code 0.
+    A file that cannot be judged becomes a row with the reason; the run goes on and ends with exit code 0.
     """
     from x2dfd import run_detect
 
@@ -296,7 +296,7 @@ def verify(
     device: options.Device = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Of the MLLM; by default what the record states.", rich_help_panel="Model"),
+        typer.Option(help="Precision of the MLLM; by default the record's.", rich_help_panel="Model"),
     ] = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
@@ -348,7 +348,7 @@ def serve(
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="Address to listen on; whoever reaches it may ask.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N")] = 8417,
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8417,
     mode: options.ModeOption = None,
     device: options.Device = None,
     dtype: options.DtypeOption = None,
@@ -452,20 +452,22 @@ def calibrate(
         str, typer.Option(metavar="SPEC", help="DIR, or hub:NAME+DIR; calibration.json is written into the directory.")
     ],
     data: Annotated[list[Path], typer.Option(metavar="MANIFEST", help="Labelled pictures; repeat it for more.")],
-    split: Annotated[str, typer.Option(metavar="NAME", help="The split reserved for it.")] = "calib",
-    limit: Annotated[int | None, typer.Option(min=2, metavar="N", help="Maximum per manifest.")] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Fit on this split.")] = "calib",
+    limit: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="At most this many pictures of a manifest.")
+    ] = None,
     experts: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Experts that join, comma-separated; default: the prompt's.")
+        str | None, typer.Option(metavar="NAMES", help="Experts to combine, comma-separated; default: the prompt's.")
     ] = None,
     held_out: Annotated[
         Path | None,
-        typer.Option("--held-out", "--unseen", metavar="DIR", help="Folder of expert weights with held-out sources."),
+        typer.Option("--held-out", "--unseen", metavar="DIR", help="Folder of experts trained without some sources."),
     ] = None,
     false_alarms: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Bound on each source's false alarms.")
+        float, typer.Option(min=0, max=1, metavar="SHARE", help="Largest rate of false alarms in any source.")
     ] = 0.05,
     other_experts: Annotated[
-        bool, typer.Option("--other-experts", help="Take the expert weights that are here, whatever the card names.")
+        bool, typer.Option("--other-experts", help="Take the expert weights found here, even if the card names others.")
     ] = False,
     device: options.Device = None,
     dtype: options.DtypeOption = None,

@@ -170,7 +170,7 @@ def _face_models() -> Iterator[Check]:
             continue
         whole = file_sha256(path) == expected
         facts["size"] = _size(path.stat().st_size)
-        detail = "present" if whole else "present, but its SHA-256 is another"
+        detail = "present" if whole else "present, but with another SHA-256"
         yield Check(f"face model {path.stem}", whole, detail, None if whole else REINSTALL, facts)
 
 

@@ -134,15 +134,15 @@ def _load(name: str, folder: Path | None) -> Expert:
         expert = cls()
     elif not inspect.signature(cls).parameters:
         raise SetupError(
-            f"{folder} holds a card of expert {name!r}, which cannot take other weights than its own",
+            f"{folder} holds a card of expert {name!r}, which takes no weights but its own",
             code="expert_without_weights",
         )
     else:
         expert = cls(folder)  # type: ignore[call-arg]
     if expert.card.name != name:  # a calibration would look for its score under one name and find none
         raise SetupError(
-            f"expert {name!r} has the card of {expert.card.name!r}: its card and a plug-in's entry point must have one "
-            "name",
+            f"expert {name!r} has the card of {expert.card.name!r}: card and entry point of a plug-in must have the "
+            "same name",
             code="expert_name_differs",
         )
     return expert
@@ -246,21 +246,25 @@ def _checked(name: str, answers: list[Evidence], n: int) -> list[Evidence]:
             raise TypeError(f"{type(e).__name__} instead of Evidence")
         score = None if e.score is None else float(e.score)
         if score is not None and not 0 <= score <= 1:
-            evidence.append(Evidence(name, None, f"the expert's score {score} is no probability"))
+            evidence.append(Evidence(name, None, f"the expert's score {score} is not a probability"))
             continue
         if not isinstance(e.note, str | None):
             raise TypeError(f"its note is {type(e.note).__name__} instead of text")
         notes = [e.note] if e.note else []
         kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
         if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
-            kinds, notes = {}, [*notes, "its numbers for the kinds of fake are no probabilities and were dropped"]
+            kinds, notes = {}, [*notes, "its numbers for the kinds of fake are not probabilities and were dropped"]
         cues = tuple(replace(c, score=None if c.score is None else float(c.score)) for c in e.cues)
         cells = tuple(tuple(float(v) for v in row) for row in e.map)
         no_photo = None if e.no_photo is None else float(e.no_photo)
         if not all(0 <= v <= 1 for v in (*(c.score or 0.0 for c in cues), *(v for row in cells for v in row))):
-            cues, cells, notes = (), (), [*notes, "its cues and map held no probabilities and were dropped"]
+            cues, cells, notes = (
+                (),
+                (),
+                [*notes, "its cues and map hold other numbers than probabilities and were dropped"],
+            )
         if no_photo is not None and not 0 <= no_photo <= 1:
-            notes.append(f"its P(no photograph) {no_photo} is no probability and was dropped")
+            notes.append(f"its P(no photograph) {no_photo} is not a probability and was dropped")
             no_photo = None
         evidence.append(Evidence(name, score, "; ".join(notes) or None, cues, cells, kinds, no_photo))
     return evidence

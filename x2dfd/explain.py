@@ -435,19 +435,19 @@ def contradictions(
     if len(labels) == 2:
         messages.append("The rationale says both real and fake.")
     elif opposite in labels:
-        messages.append(f"The rationale says {opposite}, the verdict is {verdict_label}.")
+        messages.append(f"The rationale says {opposite}, but the verdict is {verdict_label}.")
     elif verdict_label == "inconclusive" and labels:
-        messages.append(f"The rationale says {min(labels)}, and no answer is given.")
+        messages.append(f"The rationale says {min(labels)}, but no answer is given.")
     if verdict_label == "fake" and kind and said_kind(text) not in (None, kind):
         other_kind = {"whole": "a change in part", "part": "a face made as a whole"}[kind]
-        messages.append(f"The rationale speaks of {other_kind}, the verdict does not.")
+        messages.append(f"The rationale describes {other_kind}, but the verdict does not.")
     if verdict_label == "real" and cues:
         cue_names = ", ".join(f"{c.area} {c.artifact}" for c in cues)
         messages.append(f"The verdict is real, but the rationale names artifacts: {cue_names}.")
     for amount, names, side in _CLAIM.findall(text.lower()):
-        claim = f"The rationale speaks of {amount} {names} artifacts"
+        claim = f"The rationale claims {amount} {names} artifacts"
         if side and side == opposite:
-            messages.append(f"{claim} supporting {side}, the verdict is {verdict_label}.")
+            messages.append(f"{claim} supporting {side}, but the verdict is {verdict_label}.")
         claimed = re.split(r",\s*(?:and\s+)?|\s+and\s+", names)
         present = {e.expert.lower() for e in evidence}
         messages += [f"{claim}, but there is no {name} expert." for name in claimed if side and name not in present]

@@ -69,12 +69,12 @@ def _object(pairs: list[tuple[str, object]]) -> Json:
     if len(result) < len(pairs):
         keys = [key for key, _ in pairs]
         duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {duplicate[:60]!r} stands twice in one object")
+        raise ValueError(f"the key {duplicate[:60]!r} occurs twice in one object")
     return result
 
 
 def _reject_constant(constant: str) -> object:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _bounded_int(digits: str) -> int:
@@ -151,22 +151,22 @@ def _check_type(value: object, kind: Any, where: str) -> None:
             raise ValueError(f"{where!r} is none of {', '.join(map(str, args))} but {_short(value)}")
     elif origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where!r} is no object but {_short(value)}")
+            raise ValueError(f"{where!r} is not an object but {_short(value)}")
         for key, item in value.items():
             _check_type(item, args[1], f"{where}.{key}"[:80])
     elif origin in (tuple, list):
         fixed = origin is tuple and args[-1] is not Ellipsis
         if not isinstance(value, list | tuple) or (fixed and len(value) != len(args)):
-            raise ValueError(f"{where!r} is no list of the right length but {_short(value)}")
+            raise ValueError(f"{where!r} is not a list of the right length but {_short(value)}")
         for index, item in enumerate(value):
             _check_type(item, args[index if fixed else 0], f"{where}[{index}]")
     elif is_dataclass(kind):
         check_fields(kind, value)
     elif kind is float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{where!r} is no finite number but {_short(value)}")
+            raise ValueError(f"{where!r} is not a finite number but {_short(value)}")
     elif kind is not Any and (not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool)):
-        raise ValueError(f"{where!r} is no {kind.__name__} but {_short(value)}")
+        raise ValueError(f"{where!r} is not of type {kind.__name__} but {_short(value)}")
 
 
 def _fits(value: object, kind: Any) -> bool:
@@ -258,7 +258,7 @@ def locked_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     except Timeout:
         if not wait:
             raise X2DFDError(
-                f"another run writes into {folder}: wait for it, or give another folder", code="folder_locked"
+                f"another run is writing into {folder}: wait for it, or give another folder", code="folder_locked"
             ) from None
         print(f"waiting for another run, which fills {folder}", file=sys.stderr, flush=True)
         lock.acquire()

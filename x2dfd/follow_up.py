@@ -125,7 +125,7 @@ def _why(report: Report, face: FaceReport) -> str:
         texts.insert(0, reason(report, face) or "")
         texts.append(f"This text {stance(face.verdict, face.rationale)}.")
     if clearest is not None:
-        texts.append(f"The clearest of the experts that count is {clearest.expert}, with {percent(clearest.score)}.")
+        texts.append(f"Of the experts that count, the clearest is {clearest.expert}, with {percent(clearest.score)}.")
     return " ".join(texts)
 
 
@@ -173,7 +173,7 @@ def who_said(report: Report, face: FaceReport) -> str:
         for e in face.evidence
     ]
     mllm_line = "" if face.p_fake_mllm is None else f"\n- the language model itself: {percent(face.p_fake_mllm)}"
-    return "Each one's own probability that this face is forged:\n" + "\n".join(lines) + mllm_line
+    return "Each expert's own probability that this face is forged:\n" + "\n".join(lines) + mllm_line
 
 
 def _technique(report: Report, face: FaceReport) -> str:
@@ -182,8 +182,8 @@ def _technique(report: Report, face: FaceReport) -> str:
     kinds = next((e.kinds for e in face.evidence if e.kinds), {})
     shares = ", ".join(f"{KINDS_SAID[k]} {percent(p)}" for k, p in kinds.items() if k in KINDS_SAID)
     kind = KINDS_SAID.get(face.verdict.kind or "")
-    sentence = f"It looks {kind}" + (f" (by the expert that tells them apart: {shares})." if shares else ".")
-    return (sentence if kind else "The report does not tell how it was made.") + (
+    sentence = f"It looks {kind}" + (f" (by the expert that tells the kinds apart: {shares})." if shares else ".")
+    return (sentence if kind else "The report does not say how it was made.") + (
         " Which program or which person made it cannot be told from the picture."
     )
 
@@ -226,7 +226,8 @@ _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {
     "who": _fixed("I cannot say: people are not identified here. A reverse image search may lead to a caption."),
     "person": _fixed("I cannot say: age, origin, feelings and character are not judged here, only signs of forgery."),
     "taken": _fixed(
-        "The picture does not tell. What the file states of its origin stands in the report; anyone can write it."
+        "The picture does not show that. What the file states about its origin is in the report; anyone can write such "
+        "a statement."
     ),
     "publish": _publish,
     "wrong": _fixed(

@@ -153,7 +153,7 @@ def _csv(file: Path) -> Iterator[tuple[int, Json]]:
                 )
             if repeated := [name for name, n in Counter(names).items() if n > 1]:
                 raise X2DFDError(
-                    f"{file.name}: the column {repeated[0]!r} stands twice in the header", code="manifest_column_twice"
+                    f"{file.name}: the column {repeated[0]!r} occurs twice in the header", code="manifest_column_twice"
                 )
             if names and "path" not in names:  # in a list without a header row a file's name stands there
                 raise X2DFDError(
@@ -200,7 +200,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, Json]]:
     try:
         with pq.ParquetFile(file) as table:
             if repeated := [name for name, n in Counter(table.schema_arrow.names).items() if n > 1]:
-                raise X2DFDError(f"{file.name}: the column {repeated[0]!r} stands twice", code="manifest_column_twice")
+                raise X2DFDError(f"{file.name}: the column {repeated[0]!r} occurs twice", code="manifest_column_twice")
             yield from enumerate((row for batch in table.iter_batches(4096) for row in batch.to_pylist()), start=1)
     except (pa.ArrowException, OSError) as error:
         raise X2DFDError(f"{file.name}: not a Parquet file ({error})", code="manifest_unreadable") from error
@@ -279,7 +279,7 @@ def _text(where: str, row: Json, column: str) -> str:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise X2DFDError(
-                f"{where}: column {column!r} holds bytes that are no UTF-8 text", code="manifest_value_not_text"
+                f"{where}: column {column!r} holds bytes that are not UTF-8 text", code="manifest_value_not_text"
             ) from error
     if isinstance(value, dict | list):
         raise X2DFDError(f"{where}: column {column!r} holds no text", code="manifest_value_not_text")
@@ -303,7 +303,7 @@ def _cues(where: str, value: object) -> tuple[Cue, ...]:
     try:
         cues = parse_json(value) if isinstance(value, str | bytes) else value
         if not isinstance(cues, list | tuple):
-            raise TypeError("it is no list")
+            raise TypeError("it is not a list")
         return tuple(checked(Cue, cue) for cue in cues)
     except (TypeError, ValueError) as error:
         raise X2DFDError(

@@ -128,7 +128,7 @@ class ModelSpec:
 def _required(text: str, part: str) -> str:
     if not part:
         raise SetupError(
-            f"{text!r} is no model: give embedded, DIR, hub:NAME, hub:NAME+DIR or NAME@http://HOST/v1",
+            f"{text!r} does not name a model: give embedded, DIR, hub:NAME, hub:NAME+DIR or NAME@http://HOST/v1",
             code="model_malformed",
         )
     return part

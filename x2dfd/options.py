@@ -18,8 +18,8 @@ ModeOption = Annotated[
     Mode | None,
     typer.Option(
         "--mode",
-        help="calibrated (the default where the model has a calibration): from experts and MLLM, by weights that may "
-        "be 0; paper: the MLLM's own P(fake), not calibrated.",
+        help="calibrated (the default if the model has a calibration): combines experts and MLLM, by weights that may "
+        "be 0; paper: takes the MLLM's own P(fake), not calibrated.",
         rich_help_panel="Model",
     ),
 ]
@@ -36,14 +36,17 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="Of the MLLM; by default bf16 on CUDA, fp32 on a CPU (of the embedded model bf16, where that is quick). "
-        "int8 is for the embedded model on a CPU with VNNI: much quicker, and P(fake) moves by about 0.01.",
+        help="Precision of the MLLM: by default bf16 on CUDA, fp32 on a CPU; the embedded model takes bf16 on a CPU "
+        "that is quick in it. int8 is for the embedded model on a CPU with VNNI: half the time, and P(fake) moves by "
+        "about 0.01.",
         rich_help_panel="Model",
     ),
 ]
 BitsOption = Annotated[
     Literal["4", "8"] | None,
-    typer.Option("--bits", help="Read a large MLLM's weights in so many bits (bitsandbytes).", rich_help_panel="Model"),
+    typer.Option(
+        "--bits", help="Quantise a large MLLM's weights to 4 or 8 bits (bitsandbytes).", rich_help_panel="Model"
+    ),
 ]
 DeviceMap = Annotated[
     str | None,
@@ -53,7 +56,7 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", rich_help_panel="Model"),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of all random choices.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of all random choices.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel="Output")]
 
 

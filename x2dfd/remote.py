@@ -27,7 +27,8 @@ class ServerDetector:
         address = parsed(url)
         if address is None or address.scheme not in ("http", "https"):
             raise SetupError(
-                f"{url} is no server: give http://127.0.0.1:8417 as `x2dfd serve` prints it", code="address_missing"
+                f"{url} is not an address of a server: give the one that `x2dfd serve` prints, such as http://127.0.0.1:8417",
+                code="address_missing",
             )
         self._url = url.rstrip("/")
         # A proxy would be handed the pictures on their way to this machine.

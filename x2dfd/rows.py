@@ -185,7 +185,7 @@ class Rows:
             self._database.close()
             self.work.unlink(missing_ok=True)
             raise X2DFDError(
-                f"{self.path} is no table of x2dfd ({first_line(error)}): move it away or give another --out",
+                f"{self.path} is not a table of x2dfd ({first_line(error)}): move it away or give another --out",
                 code="table_foreign",
             ) from error
 
@@ -196,12 +196,12 @@ class Rows:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise X2DFDError(
-                    f"another run writes {self.path}: wait for it, or give another --out", code="table_locked"
+                    f"another run is writing {self.path}: wait for it, or give another --out", code="table_locked"
                 ) from error
             raise X2DFDError(f"cannot write {self.work}: {error}", code="cannot_write") from error
         except sqlite3.DatabaseError as error:
             raise X2DFDError(
-                f"{self.work} is damaged ({error}): remove it, and the run starts anew", code="table_damaged"
+                f"{self.work} is damaged ({error}): remove it to start the run anew", code="table_damaged"
             ) from error
         except OSError as error:
             raise X2DFDError(f"cannot write {self.path}: {error.strerror or error}", code="cannot_write") from error

@@ -155,10 +155,10 @@ def run(options: Run) -> None:
         typer.echo("no picture or video found", err=True)
     if links:
         others = f" and {len(links) - 1} more" if len(links) > 1 else ""
-        typer.echo(f"left out, as links that lead out of their folder: {printable(str(links[0]))}{others}", err=True)
+        typer.echo(f"skipped, as links that lead out of their folder: {printable(str(links[0]))}{others}", err=True)
     for entry in options.paths:
         if entry.suffix.lower() in MANIFEST_ENDINGS:
-            typer.echo(f"{printable(str(entry))}: if it is a list of files, say --manifest before its name", err=True)
+            typer.echo(f"{printable(str(entry))}: if it is a list of files, put --manifest before its name", err=True)
     detect_many, window, rows = _open_judge(options)
     results: Results = []
     counts: Counter[str] = Counter()
@@ -183,9 +183,11 @@ def run(options: Run) -> None:
         if rows is not None:
             rows.finish()
             if rows.damaged:
-                typer.echo(f"stored rows that cannot be read, whose files were judged again: {rows.damaged}", err=True)
+                typer.echo(
+                    f"stored rows that could not be read; their files were judged anew: {rows.damaged}", err=True
+                )
             if rows.doubles:
-                typer.echo(f"{rows.doubles} paths came more than once; each has one row", err=True)
+                typer.echo(f"paths given more than once, which have one row each: {rows.doubles}", err=True)
             typer.echo(f"wrote {printable(str(rows.path))}", err=True)
     finally:
         if rows is not None:
@@ -254,7 +256,7 @@ def _absent_failure(path: Path) -> Failure:
             pass
     except InputError as error:
         return Failure(str(path), None, error.code, error.reason)
-    return Failure(str(path), None, "not_found", "it came and went while it was looked for")
+    return Failure(str(path), None, "not_found", "it was not there when the run began")
 
 
 def _detect_absent(absent: dict[Path, Failure], places: Iterable[Place], **_: object) -> Iterator[Report | Failure]:
@@ -331,9 +333,9 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
         source = read_address(str(path)) if is_pipe(path) else path
         sha256, pictures = shrunk(source, frames_asked(result.media) or 1, {face.frame for face in result.faces})
     except InputError as error:
-        typer.echo(f"{printable(str(path))}: no picture in the page: {error}", err=True)
+        typer.echo(f"{printable(str(path))}: the page shows no picture of it: {error}", err=True)
         return None
     if sha256 != result.sha256:
-        typer.echo(f"{printable(str(path))}: no picture in the page: the file changed meanwhile", err=True)
+        typer.echo(f"{printable(str(path))}: the page shows no picture of it: the file changed meanwhile", err=True)
         return None
     return pictures

@@ -60,14 +60,14 @@ def application(detector: "Detector", hosts: Collection[str] | None = LOOPBACK) 
         host = host_of(f"//{request.headers.get('host', '')}")
         allowed = (host,) if hosts is None and host else hosts or ()
         if not {host, *map(host_of, request.headers.getlist("origin"))} <= set(allowed):
-            return _error(403, "foreign_host", "this server answers under its own address alone")
+            return _error(403, "foreign_host", "this server answers only under its own address")
         return await call_next(request)
 
     def root() -> Json:
         """The routes."""
         return {
             "POST /detect": "judges a picture or a video: curl -F file=@face.jpg ADDRESS/detect",
-            "GET /model": "what answers here",
+            "GET /model": "facts about the model that answers here",
             "GET /openapi.json": "describes it all",
         }
 

@@ -225,7 +225,7 @@ class ServedMLLM:
             if real is None or fake is None or (max(real, fake) < MIN_LOGPROB and not self.continues):
                 raise InputError(
                     "no_label",
-                    f"{self.name} begins with {reply.text[:40]!r}, and finds neither real nor fake likely",
+                    f"{self.name} begins with {reply.text[:40]!r} and finds neither real nor fake likely",
                 )
             return fake - real
 
@@ -348,7 +348,7 @@ class ServedMLLM:
             parsed = _Reply.of(reply)
         except (AttributeError, TypeError, ValueError, KeyError, IndexError):
             raise InputError(
-                "endpoint_reply", f"{self.host} answered with something that is no chat completion"
+                "endpoint_reply", f"{self.host} answered with something that is not a chat completion"
             ) from None
         if parsed.text.lstrip().startswith(THINKS):
             raise SetupError(
@@ -365,8 +365,8 @@ class ServedMLLM:
         try:
             reply = await call()
         except (ValueError, RecursionError):  # of the JSON parser, about the endpoint's reply
-            self._count_failure("a reply that is no JSON")
-            raise InputError("endpoint_reply", f"{self.host} answered with something that is no JSON") from None
+            self._count_failure("a reply that is not JSON")
+            raise InputError("endpoint_reply", f"{self.host} answered with something that is not JSON") from None
         except (api.APITimeoutError, api.APIStatusError, api.APIResponseValidationError) as error:
             message = self._message(error)
             status = getattr(error, "status_code", None)

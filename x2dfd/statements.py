@@ -1,6 +1,6 @@
 """Reads what a file's metadata state about how it was made: IPTC digital source type, generators' settings, software.
 
-They stand in XMP, EXIF, PNG text, comments of JPEG and GIF, and tags of videos. Anyone can write or remove such a
+These are in XMP, EXIF, PNG text, comments of JPEG and GIF, and tags of videos. Anyone can write or remove such a
 statement, so it is never part of the estimate.
 
 Formats: PNG (ISO/IEC 15948), JPEG (ISO/IEC 10918-1), WebP (RFC 9649), TIFF 6.0 and EXIF 3.0, XMP (ISO 16684-1). The
@@ -31,7 +31,7 @@ SOURCE = "source"  # any other statement about the origin
 
 LEAD = "By its own statement, this file was made with an AI generator."
 CAVEAT = (
-    "Such a statement can be removed from a file, and it can be added to any file. It is evidence of its own and plays "
+    "Such a statement can be removed from a file, and it can be added to any file. It is separate evidence and plays "
     "no part in the estimate."
 )
 

@@ -120,7 +120,7 @@ class Card:
         """Raises ValueError for an entry of `covers` outside of the vocabulary."""
         pairs = {f"{area} {artifact}" for area in AREAS for artifact in ARTIFACTS}
         if unknown := set(self.covers) - pairs - {*ARTIFACTS, *DF_CLASSES}:
-            raise ValueError(f"covers {sorted(unknown)}, which is no artifact, pair or class")
+            raise ValueError(f"covers {sorted(unknown)}: none is an artifact, a pair `AREA ARTIFACT` or a class")
 
     def covers_cue(self, area: str, artifact: str) -> bool:
         return artifact in self.covers or f"{area} {artifact}" in self.covers

@@ -95,6 +95,6 @@ class Validation:
             if not isinstance(rate, dict) or "value" not in rate:
                 raise ValueError(f"`rates.{name}` has no `value`")
             if type(n := rate.get("n")) is not int or n < 1:
-                raise ValueError(f"`rates.{name}.n` is no number of pictures")
+                raise ValueError(f"`rates.{name}.n` is not a number of pictures")
         if (key := bad_rate(self.rates, ("value", "interval"))) is not None:
             raise ValueError(f"`rates.{key}` is not from 0 to 1")
