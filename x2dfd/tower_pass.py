@@ -57,7 +57,7 @@ class TowerPass:
         names = [f"encoder.layers.{k}" for k in range(layers)]
         if dtype == torch.int8:
             if not adds_bytes_in_full():
-                raise SetupError("int8 needs a CPU with VNNI: leave out --dtype int8", code="int8_unsupported")
+                raise SetupError("int8 needs a CPU with VNNI; take --dtype fp32", code="int8_unsupported")
             self._layers = [_layer_in_8_bits(weights, n, heads, ranges or {}) for n in names]
         else:
             self._layers = [_layer(weights, n, heads, dtype, observe) for n in names]
