@@ -10,6 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import itemgetter
 
 from x2dfd.files import Json
 from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
@@ -315,16 +316,13 @@ def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
     return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
 
 
-def disagreement(
-    evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()
-) -> tuple[Evidence, Evidence] | None:
-    """The experts with a weight that lie furthest apart, lower first, where one leans to real and the other to fake."""
-    spoke = [e for e in evidence if e.score is not None and e.expert not in uncounted]
-    low = min(spoke, key=lambda e: e.score or 0.0, default=None)
-    high = max(spoke, key=lambda e: e.score or 0.0, default=None)
-    if low is None or high is None or (low.score or 0.0) > AGREES_BELOW or (high.score or 0.0) < AGREES_ABOVE:
+def disagreement(evidence: Sequence[Evidence]) -> tuple[Evidence, Evidence] | None:
+    """The experts that lie furthest apart, lower first, where one leans to real and the other to fake."""
+    spoke = [(e.score, e) for e in evidence if e.score is not None]
+    if not spoke:
         return None
-    return low, high
+    (least, low), (most, high) = min(spoke, key=itemgetter(0)), max(spoke, key=itemgetter(0))
+    return (low, high) if least <= AGREES_BELOW and most >= AGREES_ABOVE else None
 
 
 def summary(report: Report) -> str:

@@ -74,7 +74,7 @@ class Detector:
         self._question = question or (
             lambda evidence: prompts.verdict_question(self.for_prompt(evidence), self.info.score_form)
         )
-        applied = calibration if mode == "calibrated" else None
+        applied = self._applied
         info = replace(
             info,
             mode=mode,
@@ -92,9 +92,14 @@ class Detector:
         self._info_json = self.info.to_dict()
 
     @property
+    def _applied(self) -> Calibration | None:
+        """The calibration that verdicts go by; None in paper mode."""
+        return self.calibration if self.mode == "calibrated" else None
+
+    @property
     def _asks_mllm(self) -> bool:
         """Whether a verdict needs the MLLM's own number; else it is asked for rationales alone."""
-        return self.mode == "paper" or self.calibration is None or self.calibration.weights.get(MLLM, 0.0) > 0
+        return self._applied is None or self._applied.weights.get(MLLM, 0.0) > 0
 
     # --- entry points ---
 
@@ -294,7 +299,7 @@ class Detector:
 
     def _gets_rationale(self, verdict: Verdict) -> bool:
         """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed."""
-        return self.mode == "paper" or self.calibration is None or verdict.label == "fake"
+        return self._applied is None or verdict.label == "fake"
 
     def _with_rationale(self, report: FaceReport, face: Face, text: str) -> FaceReport:
         """The report with its rationale as people read it, and the cues, areas and contradictions in it.
@@ -302,20 +307,23 @@ class Detector:
         In paper mode the text stays as the model wrote it.
         """
         verdict = report.verdict
-        if self.mode == "calibrated" and self.calibration:
-            uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
+        if self._applied:
+            weights = self._applied.weights
             # Where an expert points at cues, the small model sees no more: signs of its own were wrong (LOG.md).
-            pointing = any(" " in c for e in self.experts if e.card.name not in uncounted for c in e.card.covers)
-            embedded = self.info.base["name"] == BASE_NAME
-            text = readable(text, verdict, report.evidence, uncounted, pointed_only=embedded and pointing)
+            pointing = any(" " in c for e in self.experts if weights.get(e.card.name) != 0 for c in e.card.covers)
+            counted = [e for e in report.evidence if weights.get(e.expert) != 0]
+            text = readable(text, verdict, counted, pointed_only=self._embedded and pointing)
         cues = read_cues(text)
         conflicts = contradictions(text, verdict.label, self._under_prompt_names(report.evidence), cues, verdict.kind)
         return replace(report, rationale=text, cues=cues, contradictions=conflicts, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], encoding: Encoding) -> list[list[Evidence]]:
         """Each expert's evidence on each face: [face][expert]. Experts reuse the embedded model's tower states."""
-        embedded = self.info.base["name"] == BASE_NAME
-        return evidence_of(self.experts, faces, encoding.shared if embedded else None)
+        return evidence_of(self.experts, faces, encoding.shared if self._embedded else None)
+
+    @property
+    def _embedded(self) -> bool:
+        return self.info.base["name"] == BASE_NAME
 
     def for_prompt(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """The evidence of the experts that the adapter was trained with, under the names that the prompt uses.
@@ -339,16 +347,20 @@ class Detector:
         return logits
 
     def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
-        weights = self.calibration.weights if self.mode == "calibrated" and self.calibration else None
-        deciding = [e for e in evidence if weights is None or weights.get(e.expert, 0.0) > 0]
+        applied = self._applied
+        deciding = [e for e in evidence if applied is None or applied.weights.get(e.expert, 0.0) > 0]
         if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in deciding):
             return Verdict("inconclusive", None, "not_a_photograph")
-        if self.mode == "paper" or self.calibration is None:
-            p = float(sigmoid(mllm_logit or 0.0))
-            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
+        if applied is None:
+            return self._called(float(sigmoid(mllm_logit or 0.0)), None)
         covers = {e.card.name: e.card.covers for e in self.experts}
-        logits = logits_of(mllm_logit, evidence, covers)
-        return self.calibration.verdict(self.calibration.probability(logits), _likelier_kind(evidence))
+        return self._called(applied.probability(logits_of(mllm_logit, evidence, covers)), _likelier_kind(evidence))
+
+    def _called(self, p: float, kind: str | None) -> Verdict:
+        """The verdict of an estimate, by the rule of the mode."""
+        if self._applied:
+            return self._applied.verdict(p, kind)
+        return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
 
     def _report(
         self,
@@ -359,7 +371,7 @@ class Detector:
         timings: dict[str, float],
     ) -> Report:
         verdict, decider = self._overall(media, faces)
-        few = self.calibration.few_pictures if self.mode == "calibrated" and self.calibration else None
+        few = self._applied.few_pictures if self._applied else None
         remark = UNCALIBRATED if self.mode == "paper" else f"the calibration was {few}" if few else None
         return Report(
             path=media.path,
@@ -380,15 +392,12 @@ class Detector:
 
     def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> Json:
         """The likelihood ratio of the picture's p_fake in the validation run; `value` is None where there is none."""
-        reason = None
         if verdict.p_fake is None:
-            reason = "nothing was assessed"
-        elif self.validation is None:
-            reason = "no validation run of this model, in this mode, is at hand"
-        elif isinstance(media, Video):
-            reason = "the validation run holds pictures, not videos"
-        if reason or verdict.p_fake is None or self.validation is None:
-            return {"value": None, "reason": reason}
+            return {"value": None, "reason": "nothing was assessed"}
+        if self.validation is None:
+            return {"value": None, "reason": "no validation run of this model, in this mode, is at hand"}
+        if isinstance(media, Video):
+            return {"value": None, "reason": "the validation run holds pictures, not videos"}
         ratio = self.validation.likelihood_ratio(verdict.p_fake)
         return ratio | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
@@ -398,9 +407,7 @@ class Detector:
         if not faces:
             return Verdict("inconclusive", None, "no_face"), None
         decider = max(faces, key=FaceReport.suspicion)
-        if isinstance(media, Picture):
-            return decider.verdict, decider
-        if decider.verdict.p_fake is None:  # nothing in it was assessed: drawings
+        if isinstance(media, Picture) or decider.verdict.p_fake is None:  # None: nothing was assessed, as in drawings
             return decider.verdict, decider
         frames: dict[int | None, float] = {}
         for face in faces:
@@ -408,9 +415,7 @@ class Detector:
                 frames[face.frame] = max(frames.get(face.frame, 0.0), face.verdict.p_fake)
         worst = sorted(frames.values(), reverse=True)
         p = float(np.mean(worst[: max(CLIP_LEAST, int(CLIP_SHARE * len(worst)))]))
-        if self.mode == "paper" or self.calibration is None:
-            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p), decider
-        return self.calibration.verdict(p, decider.verdict.kind), decider
+        return self._called(p, decider.verdict.kind), decider
 
 
 def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared | None = None) -> list[list[Evidence]]:
