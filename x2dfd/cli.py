@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -127,6 +128,8 @@ def _given(text: str) -> Path:
 
 
 # The options of `detect`, by the panels of its help.
+_input, _output, _scale = (partial(typer.Option, rich_help_panel=panel) for panel in ("Input", "Output", "Scale"))
+
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(
@@ -138,83 +141,54 @@ Paths = Annotated[
 ]
 Manifest = Annotated[
     Path | None,
-    typer.Option(
+    _input(
         metavar="FILE",
         help="CSV, TSV, JSONL or Parquet with a column `path`, relative to the table's folder; not with PATHs.",
-        rich_help_panel="Input",
     ),
 ]
 Remote = Annotated[
-    str,
-    typer.Option(
-        metavar="A,B",
-        help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.",
-        rich_help_panel="Input",
-    ),
+    str, _input(metavar="A,B", help="Stores in which rows of the manifest may lie (s3,gs), opened by fsspec.")
 ]
-Frames = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Frames of a video or an animation, spread evenly over it.",
-        rich_help_panel="Input",
-    ),
-]
+Frames = Annotated[int, _input(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")]
 Isolate = Annotated[
     bool,
-    typer.Option(
+    _input(
         "--isolate",
         help="Decode in a process of its own with bounded memory and CPU: a file that crashes or hangs a decoder "
         "is a row.",
-        rich_help_panel="Input",
     ),
 ]
 Server = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them.", rich_help_panel="Model"
-    ),
+    str | None, options.of_model(metavar="URL", help="Of an `x2dfd serve`, which gets the files and judges them.")
 ]
-NoRationale = Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.", rich_help_panel="Output")]
+NoRationale = Annotated[bool, _output("--no-rationale", help="Verdicts only; quicker.")]
 ReportFile = Annotated[
     Path | None,
-    typer.Option(
+    _output(
         metavar="FILE.html",
         help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
         "`x2dfd verify` checks. Ending in .pdf, the page is printed as well, which needs chromium.",
-        rich_help_panel="Output",
     ),
 ]
 Table = Annotated[
     Path | None,
-    typer.Option(
+    _output(
         metavar="FILE",
         help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
         "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
         "Rows of other files stay. With --manifest, results then go to the table alone.",
-        rich_help_panel="Output",
     ),
 ]
-BatchSize = Annotated[
-    int,
-    typer.Option(min=1, max=4096, metavar="N", help="Files judged at a time.", rich_help_panel="Scale"),
-]
+BatchSize = Annotated[int, _scale(min=1, max=4096, metavar="N", help="Files judged at a time.")]
 Shard = Annotated[
     str | None,
-    typer.Option(
-        metavar="I/N",
-        help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet.",
-        rich_help_panel="Scale",
-    ),
+    _scale(metavar="I/N", help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet."),
 ]
 Engine = Annotated[
     Literal["local", "ray"],
-    typer.Option(
-        help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.", rich_help_panel="Scale"
-    ),
+    _scale(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine."),
 ]
-Actors = Annotated[int, typer.Option(min=1, metavar="N", help="Number, for --engine ray.", rich_help_panel="Scale")]
+Actors = Annotated[int, _scale(min=1, metavar="N", help="Number, for --engine ray.")]
 
 
 @app.command(
@@ -294,10 +268,7 @@ def verify(
     as_json: options.AsJson = False,
     model: options.Model = "embedded",
     device: options.Device = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of the MLLM; by default what the record states.", rich_help_panel="Model"),
-    ] = None,
+    dtype: Annotated[Dtype | None, options.of_model(help="Of the MLLM; by default what the record states.")] = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
 ) -> None:
@@ -499,7 +470,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
     checks = diagnose()
     if as_json:
-        typer.echo(json.dumps([check.to_dict() for check in checks]))
+        typer.echo(json.dumps([asdict(check) for check in checks]))
         return
     wrong = sum(check.ok is False for check in checks)
     typer.echo(f"{wrong} to mend.\n" if wrong else "What a verdict needs is in place.\n")
