@@ -13,7 +13,7 @@ from itertools import pairwise
 from operator import itemgetter
 
 from x2dfd.files import Json
-from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
+from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW, listed
 from x2dfd.statements import PARTLY, of_camera, of_generator
 from x2dfd.types import Evidence, FaceReport, Report, Verdict
 
@@ -182,9 +182,7 @@ def decided_by(model: Json) -> str:
     order = [*(model.get("experts") or {})]  # as the report lists them
     weighed = {name for name, weight in (model.get("weights") or {}).items() if weight}
     names = sorted(weighed - {"mllm"}, key=lambda name: order.index(name) if name in order else len(order))
-    *others, last = names or [""]
-    listed = f"{', '.join(others)} and {last}" if others else last
-    experts = f"the {listed} expert{'s' * (len(names) > 1)}" if names else ""
+    experts = f"the {listed(names)} expert{'s' * (len(names) > 1)}" if names else ""
     if "mllm" in weighed:
         return f"{experts} and the language model" if experts else "the language model"
     return experts or "the models"

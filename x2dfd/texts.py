@@ -124,8 +124,7 @@ def _sureness(cue: Cue) -> float:
 
 def _sentence(cues: Sequence[Cue]) -> str:
     """Cues in one sentence, from which `read_cues` reads them back."""
-    *first, last = map(cue_clause, cues)
-    clause = f"{', '.join(first)}, and {last}" if first else last
+    clause = prompts.listed([cue_clause(c) for c in cues], ", and ")
     return f"{clause[0].upper()}{clause[1:]}."
 
 
