@@ -87,13 +87,9 @@ class Rows:
         if row is None:
             return None
         try:
-            unchanged = sha256_of(path) == row[0]
+            return _stored_report(row[1], self._model_hash) if sha256_of(path) == row[0] else None
         except OSError:  # judging it again gives the reason
             return None
-        if not unchanged:
-            return None
-        try:
-            return _stored_report(row[1], self._model_hash)
         except (ValueError, KeyError, TypeError):
             self.damaged += 1
             return None
