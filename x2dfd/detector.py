@@ -96,11 +96,6 @@ class Detector:
         """The calibration that verdicts go by; None in paper mode."""
         return self.calibration if self.mode == "calibrated" else None
 
-    @property
-    def _asks_mllm(self) -> bool:
-        """Whether a verdict needs the MLLM's own number; else it is asked for rationales alone."""
-        return self._applied is None or self._applied.weights.get(MLLM, 0.0) > 0
-
     # --- entry points ---
 
     def detect(self, source: Source, *, rationale: bool = True, frames: int = VIDEO_FRAMES) -> Report:
@@ -243,14 +238,12 @@ class Detector:
         stages = {stage: sum(file.seconds.get(stage, 0.0) for file in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
         faces = iter(self._face_reports([f for file in batch for f in file.faces], rationale, clock, on_progress))
-        results: list[Report | Failure] = []
-        for file in batch:
-            if isinstance(file.media, Failure):
-                results.append(file.media)
-                continue
-            reports = list(islice(faces, len(file.faces)))
-            results.append(self._report(file.media, file.summary, reports, file.notes, clock.seconds))
-        return results
+        return [
+            file.media
+            if isinstance(file.media, Failure)
+            else self._report(file.media, file.summary, [*islice(faces, len(file.faces))], file.notes, clock.seconds)
+            for file in batch
+        ]
 
     def _face_reports(
         self, found_faces: Sequence[FoundFace], rationale: bool, clock: _Clock, on_progress: OnProgress | None
@@ -266,7 +259,8 @@ class Detector:
                 clock.lap("experts")
                 questions = self._questions(evidence)
                 logits: list[float | None] = [None] * len(batch)
-                if self._asks_mllm:
+                # Where its number has no weight, the MLLM is asked for rationales alone.
+                if self._applied is None or self._applied.weights.get(MLLM, 0.0) > 0:
                     logits = [float(v) for v in self._mllm_logits(encoding, questions)]
                     clock.lap("verdict")
                 verdicts = [self._verdict(logit, row) for logit, row in zip(logits, evidence, strict=True)]

@@ -144,13 +144,13 @@ _EXPERT_SENTENCE = re.compile(
 )
 
 
-def closed(text: str, label: str, evidence: Sequence[Evidence]) -> str:
-    """A rationale whose sentence on the experts is made from their scores and replaces the model's own.
+def without_experts(text: str) -> str:
+    """A rationale without the model's own sentence on the experts, whose scores it garbles.
 
-    >>> closed("A seam. Additionally, the image shows obvious clip artifacts supporting fake.", "fake", [])
+    >>> without_experts("A seam. Additionally, the image shows obvious clip artifacts supporting fake.")
     'A seam.'
     """
-    return (_EXPERT_SENTENCE.sub("", text) + expert_sentence(label, evidence)).strip()
+    return _EXPERT_SENTENCE.sub("", text).strip()
 
 
 def verdict_answer(label: str, explanation: str = "", evidence: Sequence[Evidence] = ()) -> str:

@@ -62,7 +62,7 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_
         return undecided(verdict, evidence)
     if verdict.label == "real":
         return f"{_search_sentence(evidence)} None were found."
-    sentences = sentences_of(mended(prompts.closed(text, verdict.label, ())))
+    sentences = sentences_of(mended(prompts.without_experts(text)))
     cue_sentences = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
     if pointed_only:
         pointed = {(c.area, c.artifact) for e in evidence for c in e.cues}
