@@ -7,12 +7,13 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -21,7 +22,9 @@ from x2dfd import options
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.run_detect import load_quickly
-from x2dfd.terminal import printable, shortened, wrapped
+from x2dfd.terminal import printable, wrapped
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 class _Command(TyperCommand):
@@ -99,6 +102,11 @@ def run_command(command: typer.Typer | Callable[..., None], epilog: str | None =
 def _examples(*lines: str) -> str:
     """Examples for the end of a command's help."""
     return "\n  ".join(("\b\nExamples:", *lines))
+
+
+def _command(*examples: str) -> Callable[[T], T]:
+    """A command with the options of a model, which stand in panels in its help."""
+    return app.command(cls=_Command, epilog=_examples(*examples))
 
 
 def _version(flag: bool) -> None:
@@ -191,12 +199,9 @@ Engine = Annotated[
 Actors = Annotated[int, _scale(min=1, metavar="N", help="Number, for --engine ray.")]
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd detect face.jpg --report face.html",
-        "x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale",
-    ),
+@_command(
+    "x2dfd detect face.jpg --report face.html",
+    "x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale",
 )
 def detect(
     context: typer.Context,
@@ -254,13 +259,10 @@ def detect(
     run_detect.run(run)
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd verify face.case.json face.jpg",
-        "x2dfd verify face.case.json face.jpg --json",
-        "x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR",
-    ),
+@_command(
+    "x2dfd verify face.case.json face.jpg",
+    "x2dfd verify face.case.json face.jpg --json",
+    "x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR",
 )
 def verify(
     record: Annotated[Path, typer.Argument(metavar="NAME.case.json", help="Case record of `detect --report`.")],
@@ -306,13 +308,10 @@ def verify(
         raise typer.Exit(case.EXIT_CODES[verification.outcome])
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd serve",
-        "curl -F file=@face.jpg http://127.0.0.1:8417/detect",
-        "x2dfd detect face.jpg --server http://127.0.0.1:8417",
-    ),
+@_command(
+    "x2dfd serve",
+    "curl -F file=@face.jpg http://127.0.0.1:8417/detect",
+    "x2dfd detect face.jpg --server http://127.0.0.1:8417",
 )
 def serve(
     model: options.Model = "embedded",
@@ -359,7 +358,11 @@ def experts(as_json: options.AsJson = False) -> None:
             typer.echo(f"{name}: not ready\n" + wrapped(f"why: {missing}") + "\n")
             continue
         typer.echo(f"{name}, version {card.version}: {'ready' if missing is None else 'not ready'}")
-        facts = {"why": missing, "blind spot": card.blind_spot, "licence": shortened(card.licence)}
+        facts = {
+            "why": missing,
+            "blind spot": card.blind_spot,
+            "licence": textwrap.shorten(card.licence, 90, placeholder=" …"),
+        }
         facts |= {"paper": card.paper, "source": card.source, "sha256": card.sha256}
         for title, text in facts.items():
             if text:
@@ -381,13 +384,10 @@ def fetch(
     typer.echo(get(name, force=force, progress=lambda line: typer.echo(line, err=True)))
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd assess --data build/forged/manifest.jsonl --out build/mfa",
-        "x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val",
-        "x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf",
-    ),
+@_command(
+    "x2dfd assess --data build/forged/manifest.jsonl --out build/mfa",
+    "x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val",
+    "x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf",
 )
 def assess(
     data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures (CSV, JSONL, Parquet).")],
@@ -411,12 +411,9 @@ def assess(
     run_assess(data, out, questions, limit, split, model, seed, loading)
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
-        "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --held-out build/held_out",
-    ),
+@_command(
+    "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
+    "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --held-out build/held_out",
 )
 def calibrate(
     model: Annotated[
