@@ -358,11 +358,8 @@ def experts(as_json: options.AsJson = False) -> None:
             typer.echo(f"{name}: not ready\n" + wrapped(f"why: {missing}") + "\n")
             continue
         typer.echo(f"{name}, version {card.version}: {'ready' if missing is None else 'not ready'}")
-        facts = {
-            "why": missing,
-            "blind spot": card.blind_spot,
-            "licence": textwrap.shorten(card.licence, 90, placeholder=" …"),
-        }
+        licence = textwrap.shorten(card.licence, 90, placeholder=" …")
+        facts = {"why": missing, "blind spot": card.blind_spot, "licence": licence}
         facts |= {"paper": card.paper, "source": card.source, "sha256": card.sha256}
         for title, text in facts.items():
             if text:

@@ -185,7 +185,7 @@ class Detector:
                         [prompts.rationale_start(f.verdict.side) for f in selected],
                         on_text=on_text if i == 0 and batch[0].verdict.label == "fake" else None,  # others are mended
                     )
-                texts |= {f.index: text for f, text in zip(selected, rationales, strict=True)}
+                texts |= zip((f.index for f in selected), rationales, strict=True)
             explained |= {f.index: self._with_rationale(f, found_faces[f.index].face, texts[f.index]) for f in batch}
         decider = explained[order[0].index] if order else None
         return replace(
@@ -264,15 +264,14 @@ class Detector:
                     logits = [float(v) for v in self._mllm_logits(encoding, questions)]
                     clock.lap("verdict")
                 verdicts = [self._verdict(logit, row) for logit, row in zip(logits, evidence, strict=True)]
-                texts = [""] * len(batch)
+                texts = dict.fromkeys(range(len(batch)), "")
                 if selected := [k for k, v in enumerate(verdicts) if rationale and self._gets_rationale(v)]:
                     subset = encoding if len(selected) == len(batch) else encoding.part(selected)
                     starts = [prompts.rationale_start(verdicts[k].side) for k in selected]
                     rationales = self.mllm.write(subset, [questions[k] for k in selected], starts)
-                    for k, text in zip(selected, rationales, strict=True):
-                        texts[k] = text
+                    texts |= zip(selected, rationales, strict=True)
                     clock.lap("rationale")
-            for found, logit, row, verdict, text in zip(batch, logits, evidence, verdicts, texts, strict=True):
+            for k, (found, logit, row, verdict) in enumerate(zip(batch, logits, evidence, verdicts, strict=True)):
                 report = FaceReport(
                     index=found.face.index,
                     box=found.face.box,
@@ -286,7 +285,7 @@ class Detector:
                     frame=found.frame,
                     time_s=found.time_s,
                 )
-                reports.append(self._with_rationale(report, found.face, text) if rationale else report)
+                reports.append(self._with_rationale(report, found.face, texts[k]) if rationale else report)
                 if on_progress:
                     on_progress(reports[-1])
         return reports

@@ -43,7 +43,7 @@ class Rows:
     def __init__(self, path: Path, model: Json, rationale: bool) -> None:
         """`model`: Report.model of this run's reports; rows of another model are not reused."""
         self.path = path
-        self.work = work_file(path)
+        self.work = path.with_name(path.name + ".work")  # the rows of an unfinished table
         self._model_hash = model_hash(model)
         self._mode = str(model.get("mode", ""))
         self._rationale = rationale
@@ -201,11 +201,6 @@ class Rows:
             ) from error
         except OSError as error:
             raise X2DFDError(f"cannot write {self.path}: {error.strerror or error}", code="cannot_write") from error
-
-
-def work_file(path: Path) -> Path:
-    """The file with the rows of an unfinished table."""
-    return path.with_name(path.name + ".work")
 
 
 _DESCRIPTIONS = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights
