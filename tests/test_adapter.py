@@ -36,7 +36,7 @@ from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.experts import BUILTIN, Shared
 from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
-from x2dfd.types import Evidence, Face
+from x2dfd.types import Evidence, Face, Verdict
 
 pytestmark = pytest.mark.needs_base
 
@@ -278,8 +278,15 @@ def test_an_expert_that_got_no_weight_locks_no_model_and_decides_nothing(
     alone = x2dfd.load(f"hub:{base}+{adapter}").detect(face_photo, rationale=False)
     beside = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
     replace(Calibration.load(adapter), fitted_on=beside).save(adapter)
-    report = x2dfd.load(f"hub:{base}+{adapter}").detect(face_photo, rationale=False)
-    assert report.verdict == alone.verdict and report.verdict.p_fake is not None
+    told: list[str] = []
+
+    def readable(text: str, _: Verdict, evidence: Sequence[Evidence], **__: bool) -> str:
+        told.extend(e.expert for e in evidence)
+        return text
+
+    monkeypatch.setattr("x2dfd.detector.readable", readable)
+    report = x2dfd.load(f"hub:{base}+{adapter}").detect(face_photo)
+    assert report.verdict == alone.verdict and report.verdict.p_fake is not None and told == [tiny.EXPERT]
     assert [e.expert for e in report.evidence] == [tiny.EXPERT, "darkness"] and report.uncounted == {"darkness"}
 
 

@@ -285,6 +285,6 @@ def test_an_upright_face_is_not_judged_on_its_head(astronaut: Pixels) -> None:
 
 def test_loading_the_face_models_prints_nothing() -> None:
     """Bug prevented: a line of the runtime's own on the stderr of every command."""
-    code = "from x2dfd import faces; faces._mesh()"
+    code = "from x2dfd import faces; faces._model(faces._MESH)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert (done.stdout, done.stderr) == (b"", b"")

@@ -77,24 +77,13 @@ def test_only_experts_that_agree_with_the_label_are_named(
     assert prompts.expert_sentence(label, evidence) == sentence
 
 
-@pytest.mark.parametrize(
-    ("written", "label", "score", "closed"),
-    [
-        ("A seam. Additionally, the image shows obvious clip artifacts supporting fake.", "fake", 0.1, "A seam."),
-        ("A seam. Additionally, the image shows very few clip artifacts supporting real.", "fake", 0.9,
-         "A seam. Additionally, the image shows obvious clip artifacts supporting fake."),
-        ("A seam. Additionally, the image shows obvious clip arti", "fake", None, "A seam."),
-        ("Additionally, the image shows obvious clip artifacts supporting fake. A seam.", "fake", None, "A seam."),
-        ("No seam.", "real", 0.2, "No seam. Additionally, the image shows very few clip artifacts supporting real."),
-        ("Additionally, a seam shows.", "fake", None, "Additionally, a seam shows."),
-        ("", "fake", 0.9, "Additionally, the image shows obvious clip artifacts supporting fake."),
-    ],
-)  # fmt: skip
-def test_what_is_said_of_experts_follows_from_their_scores(
-    written: str, label: str, score: float | None, closed: str
-) -> None:
+def test_what_a_text_says_of_experts_is_left_out() -> None:
     """A model that calls a low score obvious misleads a reader who cannot see the numbers; what it saw stays."""
-    assert prompts.closed(written, label, [Evidence("clip", score)]) == closed
+    said = "Additionally, the image shows obvious clip artifacts supporting fake."
+    for written in (f"A seam. {said}", f"{said} A seam.", f"A seam. {said[:45]}"):
+        assert prompts.without_experts(written) == "A seam."
+    assert prompts.without_experts("Additionally, a seam shows.") == "Additionally, a seam shows."
+    assert prompts.without_experts(said) == ""
 
 
 def test_an_answer_is_verdict_explanation_experts() -> None:

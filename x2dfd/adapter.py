@@ -427,12 +427,9 @@ def check_probes(card: AdapterCard, logits: Sequence[float], tolerance: float = 
     16 bits move them by hundredths; another base, projector or prompt moves them by whole numbers.
     """
     if not all(abs(a - b) <= tolerance for a, b in zip(card.probes, logits, strict=bool(card.probes))):
+        here, then = (", ".join(f"{v:+.2f}" for v in values) for values in (logits, card.probes))
         raise SetupError(
-            f"the probe pictures score {_listed(logits)} here, and {_listed(card.probes)} when {card.name} was made: "
+            f"the probe pictures score {here} here, and {then} when {card.name} was made: "
             "base, adapter or library differ. Install the versions that made it, or train it again: python -m finetune",
             code="probes_differ",
         )
-
-
-def _listed(logits: Sequence[float]) -> str:
-    return ", ".join(f"{v:+.2f}" for v in logits)

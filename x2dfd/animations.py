@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-
-from PIL import Image
 
 from x2dfd.errors import InputError
 from x2dfd.stills import Opened, exif_summary, pillow, rgb, sample_bits
@@ -18,23 +15,6 @@ _MAX_PIXELS = 2_000_000_000  # in all frames up to the last sampled one, as each
 _UNTIMED_S = 0.1  # a frame without a duration, as browsers show it
 
 
-@dataclass
-class _Clock:
-    """The reader's position in the animation."""
-
-    index: int = -1
-    begins_s: float = 0.0
-    ends_s: float = 0.0
-
-    def advance(self, image: Image.Image) -> None:
-        """Go to the next frame. Raises any exception of Pillow."""
-        self.index += 1
-        image.seek(self.index)
-        image.load()
-        self.begins_s = self.ends_s
-        self.ends_s += float(image.info.get("duration") or 0) / 1000 or _UNTIMED_S
-
-
 def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Frame], path: str | None) -> Video:
     """Up to `max_frames` evenly spaced frames, each upright, in sRGB and on white. Raises InputError."""
     image, notes = opened.image, opened.notes
@@ -43,20 +23,24 @@ def load_animation(opened: Opened, max_frames: int, keep: Callable[[Frame], Fram
         notes.append("decoding_limit_reached")
     depth = sample_bits(opened)
     collector = FrameCollector(keep, notes)
-    clock = _Clock()
+    index, begins_s, ends_s = -1, 0.0, 0.0  # of the frame that was decoded last
     for target in positions(reachable, max_frames):
         try:
             with pillow(notes):
-                while clock.index < target:
-                    clock.advance(image)
+                while index < target:
+                    index += 1
+                    image.seek(index)
+                    image.load()
+                    begins_s = ends_s
+                    ends_s += float(image.info.get("duration") or 0) / 1000 or _UNTIMED_S
                 snapshot = image.copy()
         except InputError as error:
             if not collector.frames:
                 raise
-            notes.append(f"undecodable_from_frame:{clock.index}:{error.code}")
+            notes.append(f"undecodable_from_frame:{index}:{error.code}")
             break
-        if not collector.add(Frame(target, clock.begins_s, rgb(snapshot, depth, False, opened.orientation, notes))):
+        if not collector.add(Frame(target, begins_s, rgb(snapshot, depth, False, opened.orientation, notes))):
             break
-    duration = clock.ends_s if clock.index + 1 == opened.n_frames else None
+    duration = ends_s if index + 1 == opened.n_frames else None
     file = {"exif": exif} if (exif := exif_summary(opened)) else {}
     return collector.video(opened.sha256, opened.name, opened.n_frames, duration, max_frames, path, file)

@@ -10,9 +10,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from operator import itemgetter
 
 from x2dfd.files import Json
-from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW
+from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW, listed
 from x2dfd.statements import PARTLY, of_camera, of_generator
 from x2dfd.types import Evidence, FaceReport, Report, Verdict
 
@@ -181,9 +182,7 @@ def decided_by(model: Json) -> str:
     order = [*(model.get("experts") or {})]  # as the report lists them
     weighed = {name for name, weight in (model.get("weights") or {}).items() if weight}
     names = sorted(weighed - {"mllm"}, key=lambda name: order.index(name) if name in order else len(order))
-    *others, last = names or [""]
-    listed = f"{', '.join(others)} and {last}" if others else last
-    experts = f"the {listed} expert{'s' * (len(names) > 1)}" if names else ""
+    experts = f"the {listed(names)} expert{'s' * (len(names) > 1)}" if names else ""
     if "mllm" in weighed:
         return f"{experts} and the language model" if experts else "the language model"
     return experts or "the models"
@@ -315,16 +314,13 @@ def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
     return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
 
 
-def disagreement(
-    evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()
-) -> tuple[Evidence, Evidence] | None:
-    """The experts with a weight that lie furthest apart, lower first, where one leans to real and the other to fake."""
-    spoke = [e for e in evidence if e.score is not None and e.expert not in uncounted]
-    low = min(spoke, key=lambda e: e.score or 0.0, default=None)
-    high = max(spoke, key=lambda e: e.score or 0.0, default=None)
-    if low is None or high is None or (low.score or 0.0) > AGREES_BELOW or (high.score or 0.0) < AGREES_ABOVE:
+def disagreement(evidence: Sequence[Evidence]) -> tuple[Evidence, Evidence] | None:
+    """The experts that lie furthest apart, lower first, where one leans to real and the other to fake."""
+    spoke = [(e.score, e) for e in evidence if e.score is not None]
+    if not spoke:
         return None
-    return low, high
+    (least, low), (most, high) = min(spoke, key=itemgetter(0)), max(spoke, key=itemgetter(0))
+    return (low, high) if least <= AGREES_BELOW and most >= AGREES_ABOVE else None
 
 
 def summary(report: Report) -> str:

@@ -101,11 +101,6 @@ def read(path: Path) -> Json:
     return dict(case)
 
 
-def stated_about(case: Json, sha256: str | None) -> list[Json]:
-    """The record's reports about a file of that hash: several where a run judged copies of it."""
-    return [r for r in case["reports"] if isinstance(r, dict) and r.get("sha256") == sha256]
-
-
 def _experts_named(case: Json) -> set[str]:
     """The experts whose evidence stands in any report of the record, which may hold anything."""
 
@@ -143,7 +138,7 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         raise X2DFDError(
             f"{file} cannot be read ({quick.reason}), so the record cannot be checked", code="picture_unreadable"
         )
-    reports = stated_about(made, quick.sha256)
+    reports = [r for r in made["reports"] if r.get("sha256") == quick.sha256]  # several: a run judged copies of it
     if not reports:
         known = ", ".join(f"{r.get('path')} ({str(r.get('sha256'))[:12]}…)" for r in made["reports"][:3])
         known += f" and {len(made['reports']) - 3} more" if len(made["reports"]) > 3 else ""

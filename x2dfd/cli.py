@@ -7,11 +7,13 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,7 +22,9 @@ from x2dfd import options
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.run_detect import load_quickly
-from x2dfd.terminal import printable, shortened, wrapped
+from x2dfd.terminal import printable, wrapped
+
+T = TypeVar("T", bound=Callable[..., Any])
 
 
 class _Command(TyperCommand):
@@ -100,6 +104,11 @@ def _examples(*lines: str) -> str:
     return "\n  ".join(("\b\nExamples:", *lines))
 
 
+def _command(*examples: str) -> Callable[[T], T]:
+    """A command with the options of a model, which stand in panels in its help."""
+    return app.command(cls=_Command, epilog=_examples(*examples))
+
+
 def _version(flag: bool) -> None:
     if flag:
         try:
@@ -127,6 +136,8 @@ def _given(text: str) -> Path:
 
 
 # The options of `detect`, by the panels of its help.
+_input, _output, _scale = (partial(typer.Option, rich_help_panel=panel) for panel in ("Input", "Output", "Scale"))
+
 Paths = Annotated[
     list[Path] | None,
     typer.Argument(
@@ -138,91 +149,59 @@ Paths = Annotated[
 ]
 Manifest = Annotated[
     Path | None,
-    typer.Option(
+    _input(
         metavar="FILE",
         help="CSV, TSV, JSONL or Parquet with a column `path`, relative to the table's folder; not with PATHs.",
-        rich_help_panel="Input",
     ),
 ]
 Remote = Annotated[
-    str,
-    typer.Option(
-        metavar="A,B",
-        help="Stores from which paths of the manifest are read (s3,gs), by fsspec.",
-        rich_help_panel="Input",
-    ),
+    str, _input(metavar="A,B", help="Stores from which paths of the manifest are read (s3,gs), by fsspec.")
 ]
-Frames = Annotated[
-    int,
-    typer.Option(
-        min=1,
-        metavar="N",
-        help="Frames of a video or an animation, spread evenly over it.",
-        rich_help_panel="Input",
-    ),
-]
+Frames = Annotated[int, _input(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")]
 Isolate = Annotated[
     bool,
-    typer.Option(
+    _input(
         "--isolate",
         help="Decode in a separate process with bounded memory and CPU: a file that crashes or hangs a decoder becomes "
         "a row with the reason.",
-        rich_help_panel="Input",
     ),
 ]
 Server = Annotated[
-    str | None,
-    typer.Option(metavar="URL", help="Send the files to the `x2dfd serve` at this address.", rich_help_panel="Model"),
+    str | None, options.of_model(metavar="URL", help="Send the files to the `x2dfd serve` at this address.")
 ]
-NoRationale = Annotated[bool, typer.Option("--no-rationale", help="Verdicts only; quicker.", rich_help_panel="Output")]
+NoRationale = Annotated[bool, _output("--no-rationale", help="Verdicts only; quicker.")]
 ReportFile = Annotated[
     Path | None,
-    typer.Option(
+    _output(
         metavar="FILE.html",
         help="Also write the case report: one HTML page, a section per file, and beside it FILE.case.json, which "
         "`x2dfd verify` checks. If the name ends in .pdf, the page is also printed, which needs chromium.",
-        rich_help_panel="Output",
     ),
 ]
 Table = Annotated[
     Path | None,
-    typer.Option(
+    _output(
         metavar="FILE",
         help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
         "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
         "Rows of other files stay. With --manifest, results then go to the table alone.",
-        rich_help_panel="Output",
     ),
 ]
-BatchSize = Annotated[
-    int,
-    typer.Option(min=1, max=4096, metavar="N", help="Files judged at a time.", rich_help_panel="Scale"),
-]
+BatchSize = Annotated[int, _scale(min=1, max=4096, metavar="N", help="Files judged at a time.")]
 Shard = Annotated[
     str | None,
-    typer.Option(
-        metavar="I/N",
-        help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet.",
-        rich_help_panel="Scale",
-    ),
+    _scale(metavar="I/N", help="Only the I-th of N parts, for N processes; the table is FILE.I-of-N.parquet."),
 ]
 Engine = Annotated[
     Literal["local", "ray"],
-    typer.Option(
-        help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine.", rich_help_panel="Scale"
-    ),
+    _scale(help="ray: actors of Ray Data, on the cluster of RAY_ADDRESS or on this machine."),
 ]
-Actors = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Number of actors, with --engine ray.", rich_help_panel="Scale")
-]
+Actors = Annotated[int, _scale(min=1, metavar="N", help="Number of actors, with --engine ray.")]
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd detect face.jpg --report face.html",
-        "x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale",
-    ),
+@_command(
+    "x2dfd detect face.jpg --report face.html",
+    "x2dfd detect --manifest photos.csv --out photos.parquet --no-rationale",
 )
 def detect(
     context: typer.Context,
@@ -280,13 +259,10 @@ def detect(
     run_detect.run(run)
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd verify face.case.json face.jpg",
-        "x2dfd verify face.case.json face.jpg --json",
-        "x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR",
-    ),
+@_command(
+    "x2dfd verify face.case.json face.jpg",
+    "x2dfd verify face.case.json face.jpg --json",
+    "x2dfd verify face.case.json face.jpg --model x2dfd@http://localhost:8000/v1+DIR",
 )
 def verify(
     record: Annotated[Path, typer.Argument(metavar="NAME.case.json", help="Case record of `detect --report`.")],
@@ -294,10 +270,7 @@ def verify(
     as_json: options.AsJson = False,
     model: options.Model = "embedded",
     device: options.Device = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Precision of the MLLM; by default the record's.", rich_help_panel="Model"),
-    ] = None,
+    dtype: Annotated[Dtype | None, options.of_model(help="Precision of the MLLM; by default the record's.")] = None,
     bits: options.BitsOption = None,
     device_map: options.DeviceMap = None,
 ) -> None:
@@ -335,13 +308,10 @@ def verify(
         raise typer.Exit(case.EXIT_CODES[verification.outcome])
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd serve",
-        "curl -F file=@face.jpg http://127.0.0.1:8417/detect",
-        "x2dfd detect face.jpg --server http://127.0.0.1:8417",
-    ),
+@_command(
+    "x2dfd serve",
+    "curl -F file=@face.jpg http://127.0.0.1:8417/detect",
+    "x2dfd detect face.jpg --server http://127.0.0.1:8417",
 )
 def serve(
     model: options.Model = "embedded",
@@ -388,7 +358,8 @@ def experts(as_json: options.AsJson = False) -> None:
             typer.echo(f"{name}: not ready\n" + wrapped(f"why: {missing}") + "\n")
             continue
         typer.echo(f"{name}, version {card.version}: {'ready' if missing is None else 'not ready'}")
-        facts = {"why": missing, "blind spot": card.blind_spot, "licence": shortened(card.licence)}
+        licence = textwrap.shorten(card.licence, 90, placeholder=" …")
+        facts = {"why": missing, "blind spot": card.blind_spot, "licence": licence}
         facts |= {"paper": card.paper, "source": card.source, "sha256": card.sha256}
         for title, text in facts.items():
             if text:
@@ -410,13 +381,10 @@ def fetch(
     typer.echo(get(name, force=force, progress=lambda line: typer.echo(line, err=True)))
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd assess --data build/forged/manifest.jsonl --out build/mfa",
-        "x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val",
-        "x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf",
-    ),
+@_command(
+    "x2dfd assess --data build/forged/manifest.jsonl --out build/mfa",
+    "x2dfd assess --data photos.csv --out mfa --questions mine.json --limit 500 --split val",
+    "x2dfd assess --data photos.csv --out mfa --model hub:llava-hf/llava-1.5-7b-hf",
 )
 def assess(
     data: Annotated[Path, typer.Option(metavar="MANIFEST", help="Labelled pictures (CSV, JSONL, Parquet).")],
@@ -440,12 +408,9 @@ def assess(
     run_assess(data, out, questions, limit, split, model, seed, loading)
 
 
-@app.command(
-    cls=_Command,
-    epilog=_examples(
-        "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
-        "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --held-out build/held_out",
-    ),
+@_command(
+    "x2dfd calibrate --model build/adapter --data build/forged/manifest.jsonl",
+    "x2dfd calibrate --model build/adapter --data photos.csv --data build/forged.csv --held-out build/held_out",
 )
 def calibrate(
     model: Annotated[
@@ -501,7 +466,7 @@ def doctor(as_json: options.AsJson = False) -> None:
 
     checks = diagnose()
     if as_json:
-        typer.echo(json.dumps([check.to_dict() for check in checks]))
+        typer.echo(json.dumps([asdict(check) for check in checks]))
         return
     wrong = sum(check.ok is False for check in checks)
     typer.echo(f"{wrong} to mend.\n" if wrong else "What a verdict needs is in place.\n")

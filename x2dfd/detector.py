@@ -74,7 +74,7 @@ class Detector:
         self._question = question or (
             lambda evidence: prompts.verdict_question(self.for_prompt(evidence), self.info.score_form)
         )
-        applied = calibration if mode == "calibrated" else None
+        applied = self._applied
         info = replace(
             info,
             mode=mode,
@@ -92,9 +92,9 @@ class Detector:
         self._info_json = self.info.to_dict()
 
     @property
-    def _asks_mllm(self) -> bool:
-        """Whether a verdict needs the MLLM's own number; else it is asked for rationales alone."""
-        return self.mode == "paper" or self.calibration is None or self.calibration.weights.get(MLLM, 0.0) > 0
+    def _applied(self) -> Calibration | None:
+        """The calibration that verdicts go by; None in paper mode."""
+        return self.calibration if self.mode == "calibrated" else None
 
     # --- entry points ---
 
@@ -185,7 +185,7 @@ class Detector:
                         [prompts.rationale_start(f.verdict.side) for f in selected],
                         on_text=on_text if i == 0 and batch[0].verdict.label == "fake" else None,  # others are mended
                     )
-                texts |= {f.index: text for f, text in zip(selected, rationales, strict=True)}
+                texts |= zip((f.index for f in selected), rationales, strict=True)
             explained |= {f.index: self._with_rationale(f, found_faces[f.index].face, texts[f.index]) for f in batch}
         decider = explained[order[0].index] if order else None
         return replace(
@@ -238,14 +238,12 @@ class Detector:
         stages = {stage: sum(file.seconds.get(stage, 0.0) for file in batch) for stage in ("decode", "faces")}
         clock = _Clock({"files": len(batch), **stages})
         faces = iter(self._face_reports([f for file in batch for f in file.faces], rationale, clock, on_progress))
-        results: list[Report | Failure] = []
-        for file in batch:
-            if isinstance(file.media, Failure):
-                results.append(file.media)
-                continue
-            reports = list(islice(faces, len(file.faces)))
-            results.append(self._report(file.media, file.summary, reports, file.notes, clock.seconds))
-        return results
+        return [
+            file.media
+            if isinstance(file.media, Failure)
+            else self._report(file.media, file.summary, [*islice(faces, len(file.faces))], file.notes, clock.seconds)
+            for file in batch
+        ]
 
     def _face_reports(
         self, found_faces: Sequence[FoundFace], rationale: bool, clock: _Clock, on_progress: OnProgress | None
@@ -261,19 +259,19 @@ class Detector:
                 clock.lap("experts")
                 questions = self._questions(evidence)
                 logits: list[float | None] = [None] * len(batch)
-                if self._asks_mllm:
+                # Where its number has no weight, the MLLM is asked for rationales alone.
+                if self._applied is None or self._applied.weights.get(MLLM, 0.0) > 0:
                     logits = [float(v) for v in self._mllm_logits(encoding, questions)]
                     clock.lap("verdict")
                 verdicts = [self._verdict(logit, row) for logit, row in zip(logits, evidence, strict=True)]
-                texts = [""] * len(batch)
+                texts = dict.fromkeys(range(len(batch)), "")
                 if selected := [k for k, v in enumerate(verdicts) if rationale and self._gets_rationale(v)]:
                     subset = encoding if len(selected) == len(batch) else encoding.part(selected)
                     starts = [prompts.rationale_start(verdicts[k].side) for k in selected]
                     rationales = self.mllm.write(subset, [questions[k] for k in selected], starts)
-                    for k, text in zip(selected, rationales, strict=True):
-                        texts[k] = text
+                    texts |= zip(selected, rationales, strict=True)
                     clock.lap("rationale")
-            for found, logit, row, verdict, text in zip(batch, logits, evidence, verdicts, texts, strict=True):
+            for k, (found, logit, row, verdict) in enumerate(zip(batch, logits, evidence, verdicts, strict=True)):
                 report = FaceReport(
                     index=found.face.index,
                     box=found.face.box,
@@ -287,14 +285,14 @@ class Detector:
                     frame=found.frame,
                     time_s=found.time_s,
                 )
-                reports.append(self._with_rationale(report, found.face, text) if rationale else report)
+                reports.append(self._with_rationale(report, found.face, texts[k]) if rationale else report)
                 if on_progress:
                     on_progress(reports[-1])
         return reports
 
     def _gets_rationale(self, verdict: Verdict) -> bool:
         """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed."""
-        return self.mode == "paper" or self.calibration is None or verdict.label == "fake"
+        return self._applied is None or verdict.label == "fake"
 
     def _with_rationale(self, report: FaceReport, face: Face, text: str) -> FaceReport:
         """The report with its rationale as people read it, and the cues, areas and contradictions in it.
@@ -302,20 +300,23 @@ class Detector:
         In paper mode the text stays as the model wrote it.
         """
         verdict = report.verdict
-        if self.mode == "calibrated" and self.calibration:
-            uncounted = frozenset(name for name, weight in self.calibration.weights.items() if weight == 0)
+        if self._applied:
+            weights = self._applied.weights
             # Where an expert points at cues, the small model sees no more: signs of its own were wrong (LOG.md).
-            pointing = any(" " in c for e in self.experts if e.card.name not in uncounted for c in e.card.covers)
-            embedded = self.info.base["name"] == BASE_NAME
-            text = readable(text, verdict, report.evidence, uncounted, pointed_only=embedded and pointing)
+            pointing = any(" " in c for e in self.experts if weights.get(e.card.name) != 0 for c in e.card.covers)
+            counted = [e for e in report.evidence if weights.get(e.expert) != 0]
+            text = readable(text, verdict, counted, pointed_only=self._embedded and pointing)
         cues = read_cues(text)
         conflicts = contradictions(text, verdict.label, self._under_prompt_names(report.evidence), cues, verdict.kind)
         return replace(report, rationale=text, cues=cues, contradictions=conflicts, areas=_areas(face, cues))
 
     def evidence(self, faces: Sequence[Face], encoding: Encoding) -> list[list[Evidence]]:
         """Each expert's evidence on each face: [face][expert]. Experts reuse the embedded model's tower states."""
-        embedded = self.info.base["name"] == BASE_NAME
-        return evidence_of(self.experts, faces, encoding.shared if embedded else None)
+        return evidence_of(self.experts, faces, encoding.shared if self._embedded else None)
+
+    @property
+    def _embedded(self) -> bool:
+        return self.info.base["name"] == BASE_NAME
 
     def for_prompt(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """The evidence of the experts that the adapter was trained with, under the names that the prompt uses.
@@ -339,16 +340,20 @@ class Detector:
         return logits
 
     def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
-        weights = self.calibration.weights if self.mode == "calibrated" and self.calibration else None
-        deciding = [e for e in evidence if weights is None or weights.get(e.expert, 0.0) > 0]
+        applied = self._applied
+        deciding = [e for e in evidence if applied is None or applied.weights.get(e.expert, 0.0) > 0]
         if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in deciding):
             return Verdict("inconclusive", None, "not_a_photograph")
-        if self.mode == "paper" or self.calibration is None:
-            p = float(sigmoid(mllm_logit or 0.0))
-            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
+        if applied is None:
+            return self._called(float(sigmoid(mllm_logit or 0.0)), None)
         covers = {e.card.name: e.card.covers for e in self.experts}
-        logits = logits_of(mllm_logit, evidence, covers)
-        return self.calibration.verdict(self.calibration.probability(logits), _likelier_kind(evidence))
+        return self._called(applied.probability(logits_of(mllm_logit, evidence, covers)), _likelier_kind(evidence))
+
+    def _called(self, p: float, kind: str | None) -> Verdict:
+        """The verdict of an estimate, by the rule of the mode."""
+        if self._applied:
+            return self._applied.verdict(p, kind)
+        return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p)
 
     def _report(
         self,
@@ -359,7 +364,7 @@ class Detector:
         timings: dict[str, float],
     ) -> Report:
         verdict, decider = self._overall(media, faces)
-        few = self.calibration.few_pictures if self.mode == "calibrated" and self.calibration else None
+        few = self._applied.few_pictures if self._applied else None
         remark = UNCALIBRATED if self.mode == "paper" else f"the calibration was {few}" if few else None
         return Report(
             path=media.path,
@@ -380,15 +385,12 @@ class Detector:
 
     def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> Json:
         """The likelihood ratio of the picture's p_fake in the validation run; `value` is None where there is none."""
-        reason = None
         if verdict.p_fake is None:
-            reason = "nothing was assessed"
-        elif self.validation is None:
-            reason = "no validation run of this model, in this mode, is at hand"
-        elif isinstance(media, Video):
-            reason = "the validation run holds pictures, not videos"
-        if reason or verdict.p_fake is None or self.validation is None:
-            return {"value": None, "reason": reason}
+            return {"value": None, "reason": "nothing was assessed"}
+        if self.validation is None:
+            return {"value": None, "reason": "no validation run of this model, in this mode, is at hand"}
+        if isinstance(media, Video):
+            return {"value": None, "reason": "the validation run holds pictures, not videos"}
         ratio = self.validation.likelihood_ratio(verdict.p_fake)
         return ratio | {"run": self.validation.run, "propositions": list(PROPOSITIONS)}
 
@@ -398,9 +400,7 @@ class Detector:
         if not faces:
             return Verdict("inconclusive", None, "no_face"), None
         decider = max(faces, key=FaceReport.suspicion)
-        if isinstance(media, Picture):
-            return decider.verdict, decider
-        if decider.verdict.p_fake is None:  # nothing in it was assessed: drawings
+        if isinstance(media, Picture) or decider.verdict.p_fake is None:  # None: nothing was assessed, as in drawings
             return decider.verdict, decider
         frames: dict[int | None, float] = {}
         for face in faces:
@@ -408,9 +408,7 @@ class Detector:
                 frames[face.frame] = max(frames.get(face.frame, 0.0), face.verdict.p_fake)
         worst = sorted(frames.values(), reverse=True)
         p = float(np.mean(worst[: max(CLIP_LEAST, int(CLIP_SHARE * len(worst)))]))
-        if self.mode == "paper" or self.calibration is None:
-            return Verdict("fake" if p >= _paper_threshold(self.calibration) else "real", p), decider
-        return self.calibration.verdict(p, decider.verdict.kind), decider
+        return self._called(p, decider.verdict.kind), decider
 
 
 def evidence_of(experts: Sequence[Expert], faces: Sequence[Face], shared: Shared | None = None) -> list[list[Evidence]]:

@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from x2dfd.errors import SetupError, X2DFDError
@@ -42,9 +42,6 @@ class Check:
     mend: str | None = None  # the command that mends it, or the way to get it
     facts: Json = field(default_factory=dict)  # of an artefact: licence, size, SHA-256, source
 
-    def to_dict(self) -> Json:
-        return asdict(self)
-
 
 def diagnose() -> list[Check]:
     """Check the installation, the weights and the machine. Reads local files only; a finding never raises.
@@ -75,9 +72,8 @@ def diagnose() -> list[Check]:
 
 def _python() -> Iterator[Check]:
     enough = sys.version_info >= (3, 11)
-    yield Check(
-        "python", enough, f"{platform.python_version()}, {platform.platform()}", None if enough else "python3.11"
-    )
+    detail = f"{platform.python_version()}, {platform.platform()}"
+    yield Check("python", enough, detail, None if enough else "python3.11")
 
 
 def _libraries() -> Iterator[Check]:

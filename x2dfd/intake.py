@@ -146,14 +146,13 @@ def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnPro
     start = time.perf_counter()
     media = _open(source, frames, search.frame)
     decode_seconds = time.perf_counter() - start - search.seconds
+    summary = media_summary(media)
     if isinstance(media, Picture):
         search.picture(media)
-    summary = media_summary(media)
+        # Two batches are held in memory, and a camera's photo takes 150 MB; the models look at the crops alone.
+        media = replace(media, pixels=NO_PIXELS)
     if search.turned:
         summary["notes"].append(f"faces_turned:{search.turned}")
-    # Two batches are held in memory, and a camera's photo takes 150 MB; the models look at the crops alone.
-    if isinstance(media, Picture):
-        media = replace(media, pixels=NO_PIXELS)
     return Ready(media, summary, search.faces, search.notes(), {"decode": decode_seconds, "faces": search.seconds})
 
 

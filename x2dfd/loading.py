@@ -184,13 +184,8 @@ def _local(
         for parameter in model.parameters():  # buffers keep their precision: rotary frequencies suffer from 16 bits
             if parameter.is_floating_point():  # in a quantised checkpoint, not all are
                 parameter.data = parameter.data.to(TORCH_DTYPES[precision])
-    mllm = LocalMLLM(
-        model,
-        processor,
-        _name(card, identity),
-        temperature=card.temperature if card else 0.0,
-        tower=tower,
-    )
+    temperature = card.temperature if card else 0.0
+    mllm = LocalMLLM(model, processor, _name(card, identity), temperature=temperature, tower=tower)
     if card and card.probes and not bits:  # four bits move them as far as another projector would
         exact = precision == "fp32" and (base is None or checkpoint_dtype(base) == torch.float32)
         check_probes(card, probe_logits(mllm, card.crop_size), 0.1 if exact else 1.0)

@@ -80,14 +80,9 @@ def load_picture(source: Source) -> Picture:
 
 def media_summary(media: Picture | Video) -> Json:
     """`Report.media` of a picture or a video (with the sampled frames), with facts about the file."""
-    if isinstance(media, Picture):
-        height, width = media.pixels.shape[:2]
-        kind = "image"
-    else:
-        height, width = media.height, media.width
-        kind = "video"
+    height, width = media.pixels.shape[:2] if isinstance(media, Picture) else (media.height, media.width)
     summary: Json = {
-        "kind": kind,
+        "kind": "image" if isinstance(media, Picture) else "video",
         "format": media.format,
         "width": width,
         "height": height,

@@ -123,7 +123,6 @@ class _DecodingState:
     last: Tensor  # [n, d], hidden state of each row's last token
     cache: Any
     positions: Tensor  # [n, k], of each cached token in its row; -1 for padding
-    shift: int
 
 
 class LocalMLLM:
@@ -173,7 +172,7 @@ class LocalMLLM:
         from transformers import DynamicCache
 
         seeds = seeds_of(crops)
-        inputs = self._prefix_inputs(crops)
+        inputs = self._to_device(prefix_inputs(self.processor, crops, self._suffix(prompts.QUESTION).tokens))
         length = inputs["input_ids"].shape[1]
         if not self._family.shares:
             return LocalEncoding(None, length, (), seeds, self.tower, self._family.first_position, inputs)
@@ -197,19 +196,13 @@ class LocalMLLM:
         layers = config.vision_feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         start = 1 if config.vision_feature_select_strategy == "default" else 0
-        states = torch.cat([encoding.states[i][:, start:] for i in layers], -1).to(
-            self._model.dtype
-        )  # `TowerPass` gives fp32
-        image = self._model.model.multi_modal_projector(states)
+        states = torch.cat([encoding.states[i][:, start:] for i in layers], -1)
+        image = self._model.model.multi_modal_projector(states.to(self._model.dtype))  # `TowerPass` gives fp32
         tokens, _ = prompts.prompt_tokens(self.processor, prompts.render(self.processor, prompts.QUESTION))
         before = self._text.embed_tokens(torch.tensor(tokens, device=self.device)).expand(encoding.size, -1, -1)
         cache = DynamicCache()
         self._text(inputs_embeds=torch.cat([before, image], 1), past_key_values=cache, use_cache=True)
         encoding.cache, encoding.length = cache, len(tokens) + image.shape[1]
-
-    def _prefix_inputs(self, crops: NDArray[np.uint8]) -> dict[str, Tensor]:
-        """The stock processor's inputs for pictures and prompt, up to the end of the picture."""
-        return self._to_device(prefix_inputs(self.processor, crops, self._suffix(prompts.QUESTION).tokens))
 
     def _to_device(self, inputs: Any) -> dict[str, Tensor]:
         return {k: v.to(self.device, self._model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
@@ -232,7 +225,7 @@ class LocalMLLM:
             cache, queries = encoding.cache, (encoding.length + steps).expand_as(tail).to(self.device)
             hidden = self._forward(ids, queries, cache, positions, encoding.shift)
         last = hidden[torch.arange(len(suffixes)), lengths - 1]
-        return _DecodingState(last, cache, positions, encoding.shift)
+        return _DecodingState(last, cache, positions)
 
     def _full_pass(self, encoding: LocalEncoding, suffixes: Sequence[Suffix], ids: Tensor) -> tuple[Any, Tensor]:
         """Picture and suffixes in one pass of the stock model: its cache, and the suffixes' hidden states [n, s, d]."""
@@ -341,7 +334,7 @@ class LocalMLLM:
             if not any(open_rows):
                 break
             state.positions = torch.cat([state.positions, queries], 1)
-            state.last = self._forward(tokens[:, None], queries, state.cache, state.positions, state.shift)[:, -1]
+            state.last = self._forward(tokens[:, None], queries, state.cache, state.positions, encoding.shift)[:, -1]
             queries = queries + 1
         self._cut_cache(encoding)
         return [self._text_of(w) for w in tokens_of]
@@ -389,14 +382,12 @@ class LocalMLLM:
         pack = PACK if encoding.cache is not None else 1
         for start in range(0, len(questions), pack):
             suffixes = [self._suffix(q) for q in questions[start : start + pack]]
-            hidden = (
-                self._packed(encoding, [s.tokens for s in suffixes])
-                if pack > 1
-                else self._run_suffixes(encoding, suffixes).last
-            )
-            logits = self._logits(hidden)  # [questions, vocabulary]
+            if pack > 1:
+                hidden = self._packed(encoding, [s.tokens for s in suffixes])
+            else:
+                hidden = self._run_suffixes(encoding, suffixes).last
             p_yes_chunks.append(self._scores(hidden, self._yes_no_ids).double().softmax(-1)[:, 0].cpu())
-            answers += [self._yes_or_no(t) for t in logits.argmax(-1).tolist()]
+            answers += [self._yes_or_no(t) for t in self._logits(hidden).argmax(-1).tolist()]
         p_yes = torch.cat(p_yes_chunks).numpy() if p_yes_chunks else np.zeros(0)
         if not np.isfinite(p_yes).all():
             raise InputError("no_score", NOT_FINITE)
@@ -406,9 +397,7 @@ class LocalMLLM:
         """Last hidden states of many suffixes of one picture, in one row in which none sees another."""
         lengths = torch.tensor([len(s) for s in suffixes])
         block = torch.repeat_interleave(torch.arange(len(suffixes)), lengths)
-        barred = torch.cat(
-            [torch.zeros(len(block), encoding.length, dtype=torch.bool), block[:, None] != block[None]], 1
-        )
+        barred = torch.nn.functional.pad(block[:, None] != block, (encoding.length, 0))  # nothing of the prefix
         queries = encoding.length + torch.cat([torch.arange(k) for k in lengths.tolist()])
         positions = torch.cat([torch.arange(encoding.length), queries])[None].to(self.device)
         ids = torch.tensor([[t for s in suffixes for t in s]], device=self.device)
@@ -423,9 +412,8 @@ class LocalMLLM:
         """As `yes_no`, one by one through the stock forward pass: slow, to check the packed pass against."""
         p_yes, answers = [], []
         for question in questions:
-            logits = (
-                self._model(**self._to_device(stock_inputs(self.processor, crop[None], question))).logits[0, -1].float()
-            )
+            inputs = self._to_device(stock_inputs(self.processor, crop[None], question))
+            logits = self._model(**inputs).logits[0, -1].float()
             p_yes.append(float(logits[list(self._yes_no_ids)].double().softmax(-1)[0]))
             answers.append(self._yes_or_no(int(logits.argmax())))
         return YesNo(np.array(p_yes), tuple(answers))

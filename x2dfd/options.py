@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -13,49 +14,36 @@ MODEL_HELP = (
     "An endpoint gets the face crops; its key is read from OPENAI_API_KEY; ?requests-per-minute=N after its address "
     "spreads the requests to it."
 )
-Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=MODEL_HELP, rich_help_panel="Model")]
+of_model = partial(typer.Option, rich_help_panel="Model")
+"""An option that stands in the panel of the model."""
+
+Model = Annotated[str, of_model("--model", metavar="SPEC", help=MODEL_HELP)]
 ModeOption = Annotated[
     Mode | None,
-    typer.Option(
+    of_model(
         "--mode",
         help="calibrated (the default if the model has a calibration): combines experts and MLLM, by weights that may "
         "be 0; paper: takes the MLLM's own P(fake), not calibrated.",
-        rich_help_panel="Model",
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one.",
-        rich_help_panel="Model",
-    ),
+    of_model("--device", metavar="NAME", help="cpu, cuda, cuda:1 ...; by default CUDA, where there is one."),
 ]
 DtypeOption = Annotated[
     Dtype | None,
-    typer.Option(
+    of_model(
         "--dtype",
         help="Precision of the MLLM: by default bf16 on CUDA, fp32 on a CPU; the embedded model takes bf16 on a CPU "
         "that is quick in it. int8 is for the embedded model on a CPU with VNNI: half the time, and P(fake) moves by "
         "about 0.01.",
-        rich_help_panel="Model",
     ),
 ]
 BitsOption = Annotated[
-    Literal["4", "8"] | None,
-    typer.Option(
-        "--bits", help="Quantise a large MLLM's weights to 4 or 8 bits (bitsandbytes).", rich_help_panel="Model"
-    ),
+    Literal["4", "8"] | None, of_model("--bits", help="Quantise a large MLLM's weights to 4 or 8 bits (bitsandbytes).")
 ]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.", rich_help_panel="Model"),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", rich_help_panel="Model"),
-]
+DeviceMap = Annotated[str | None, of_model("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.")]
+Threads = Annotated[int | None, of_model("--threads", min=1, max=1024, metavar="N", help="CPU threads.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of all random choices.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel="Output")]
 
@@ -74,8 +62,5 @@ def load_options(
     threads: int | None = None,
 ) -> LoadOptions:
     """The options of `x2dfd.load`."""
-    width: dict[str, Bits] = {"4": 4, "8": 8}
-    return {
-        "mode": mode, "threads": threads, "device": device, "dtype": dtype, "device_map": device_map,
-        "bits": width[bits] if bits else None,
-    }  # fmt: skip
+    width: Bits | None = None if bits is None else 4 if bits == "4" else 8
+    return {"mode": mode, "threads": threads, "device": device, "dtype": dtype, "device_map": device_map, "bits": width}

@@ -105,9 +105,7 @@ def expert_scores(evidence: Sequence[Evidence], form: str = "numbers") -> str:
     formats = {"numbers": "{0:.3f}", "words": "{1}", "both": "{0:.3f} ({1})"}
     scores = ["N/A" if e.score is None else formats[form].format(e.score, score_word(e.score)) for e in evidence]
     clauses = [f"the {e.expert.lower()} score is {score}" for e, score in zip(evidence, scores, strict=True)]
-    if len(clauses) < 3:
-        return f" And {', and '.join(clauses)}." if clauses else ""
-    return f" And {', '.join(clauses[:-1])}, and {clauses[-1]}."
+    return f" And {listed(clauses, ', and ')}." if clauses else ""
 
 
 def expert_cues(evidence: Sequence[Evidence]) -> str:
@@ -117,7 +115,7 @@ def expert_cues(evidence: Sequence[Evidence]) -> str:
     ' The tower expert points at jaw blending and skin colour.'
     """
     return "".join(
-        f" The {e.expert.lower()} expert points at {_enumeration([f'{c.area} {c.artifact}' for c in e.cues])}."
+        f" The {e.expert.lower()} expert points at {listed([f'{c.area} {c.artifact}' for c in e.cues])}."
         for e in evidence
         if e.cues
     )
@@ -138,7 +136,7 @@ def expert_sentence(label: str, evidence: Sequence[Evidence]) -> str:
     scores = [(e.expert.lower(), e.score) for e in evidence if e.score is not None]
     names = [name for name, p in scores if (p >= AGREES_ABOVE if label == "fake" else p <= AGREES_BELOW)]
     claim, side = ("obvious", "fake") if label == "fake" else ("very few", "real")
-    return f" Additionally, the image shows {claim} {_enumeration(names)} artifacts supporting {side}." if names else ""
+    return f" Additionally, the image shows {claim} {listed(names)} artifacts supporting {side}." if names else ""
 
 
 _EXPERT_SENTENCE = re.compile(
@@ -146,13 +144,13 @@ _EXPERT_SENTENCE = re.compile(
 )
 
 
-def closed(text: str, label: str, evidence: Sequence[Evidence]) -> str:
-    """A rationale whose sentence on the experts is made from their scores and replaces the model's own.
+def without_experts(text: str) -> str:
+    """A rationale without the model's own sentence on the experts, whose scores it garbles.
 
-    >>> closed("A seam. Additionally, the image shows obvious clip artifacts supporting fake.", "fake", [])
+    >>> without_experts("A seam. Additionally, the image shows obvious clip artifacts supporting fake.")
     'A seam.'
     """
-    return (_EXPERT_SENTENCE.sub("", text) + expert_sentence(label, evidence)).strip()
+    return _EXPERT_SENTENCE.sub("", text).strip()
 
 
 def verdict_answer(label: str, explanation: str = "", evidence: Sequence[Evidence] = ()) -> str:
@@ -165,8 +163,9 @@ def rationale_start(label: str) -> str:
     return f"{STEM} {label}."
 
 
-def _enumeration(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
+def listed(names: Sequence[str], last: str = " and ") -> str:
+    """ "jaw, nose and skin": the names in a row, with `last` before the last one."""
+    return last.join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 def conversation(question: str, turns: Sequence[tuple[str, str]] = ()) -> list[Json]:

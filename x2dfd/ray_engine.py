@@ -70,12 +70,11 @@ class RayDetector:
         cluster = ray.cluster_resources()
         device = options.get("device")
         on_gpu = model.url is None and (str(device).startswith("cuda") if device else cluster.get("GPU", 0) > 0)
-        self._resources = {"num_cpus": options.get("threads") or 1, "num_gpus": int(on_gpu)}
-        cpus, gpus = self._resources["num_cpus"], self._resources["num_gpus"]
+        cpus, gpus = options.get("threads") or 1, int(on_gpu)
+        self._resources = {"num_cpus": cpus, "num_gpus": gpus}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(
-            node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes
-        ):  # Ray would wait for ever
+        # Ray would wait for ever.
+        if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
             sizes = "; ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes) or "none"
             raise SetupError(
                 f"an actor needs {cpus} CPUs and {gpus} GPUs of one machine, and the cluster's machines have {sizes}",

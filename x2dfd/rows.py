@@ -43,7 +43,7 @@ class Rows:
     def __init__(self, path: Path, model: Json, rationale: bool) -> None:
         """`model`: Report.model of this run's reports; rows of another model are not reused."""
         self.path = path
-        self.work = work_file(path)
+        self.work = path.with_name(path.name + ".work")  # the rows of an unfinished table
         self._model_hash = model_hash(model)
         self._mode = str(model.get("mode", ""))
         self._rationale = rationale
@@ -87,13 +87,9 @@ class Rows:
         if row is None:
             return None
         try:
-            unchanged = sha256_of(path) == row[0]
+            return _stored_report(row[1], self._model_hash) if sha256_of(path) == row[0] else None
         except OSError:  # judging it again gives the reason
             return None
-        if not unchanged:
-            return None
-        try:
-            return _stored_report(row[1], self._model_hash)
         except (ValueError, KeyError, TypeError):
             self.damaged += 1
             return None
@@ -205,11 +201,6 @@ class Rows:
             ) from error
         except OSError as error:
             raise X2DFDError(f"cannot write {self.path}: {error.strerror or error}", code="cannot_write") from error
-
-
-def work_file(path: Path) -> Path:
-    """The file with the rows of an unfinished table."""
-    return path.with_name(path.name + ".work")
 
 
 _DESCRIPTIONS = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights

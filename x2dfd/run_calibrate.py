@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from x2dfd.calibration import (
     MLLM,
     Calibration,
     Floats,
+    Logits,
     fit_calibration,
     kind_of,
     logits_of,
@@ -41,9 +43,6 @@ from x2dfd.types import KINDS, Face
 
 AT_ONCE = 16
 VIEW_SEED = 1  # of augmented views
-
-Row = dict[str, dict[str, float | None]]
-"""Logits of one picture, by kind of fake and name of the score."""
 
 
 def calibrate(
@@ -89,20 +88,21 @@ def calibrate(
     detector = load(spec, **options, ignore_calibration=True)  # one of other experts would prevent loading
     held_out_sets = held_out_in(held_out, names) if held_out else []
     sets = [load_crops(path, side=detector.info.crop_size) for path in data]
+    scorer = partial(_scorer, split=split, held_out_sets=held_out_sets, never=card.held_out)
     chosen = [
-        (crops, _some(crops, _usable(crops, number, split, held_out_sets, card.held_out), limit), held_out_set)
+        (crops, _some(crops, [i for i, s in enumerate(crops.samples) if scorer(s) == number], limit), held_out_set)
         for crops in sets
         for number, held_out_set in enumerate([None, *held_out_sets])
     ]
     for path, crops in zip(data, sets, strict=True):
-        if lost := _lost(path, crops, split, held_out_sets, card.held_out):
+        if lost := _lost(path, crops, scorer):
             on_remark(lost)
     samples = [crops.samples[i] for crops, indices, _ in chosen for i in indices]
     fakes = _checked_labels(samples, split)
     rows = [row for crops, indices, held_out_set in chosen for row in _scores(detector, crops, indices, held_out_set)]
     logits = _columns(rows, None if held_out_sets else MLLM)
     kinds = [kind_of(s.df_class) if s.label == "fake" else "" for s in samples]
-    result = fit_calibration(logits, kinds, [_error_group(s) for s in samples], false_alarms=false_alarms)
+    result = fit_calibration(logits, kinds, [s.origin for s in samples], false_alarms=false_alarms)
     facts = _facts(result, logits, samples, fakes)
     facts |= {
         "manifests": [manifest_sha256(path) for path in data],
@@ -123,13 +123,6 @@ def calibrate(
     return result
 
 
-def _usable(
-    crops: CropSet, number: int, split: str, held_out_sets: Sequence[HeldOut], never: Collection[str]
-) -> list[int]:
-    """The pictures that the experts of this number score (see `_scorer`)."""
-    return [i for i, s in enumerate(crops.samples) if _scorer(s, split, held_out_sets, never) == number]
-
-
 def _some(crops: CropSet, indices: list[int], limit: int | None) -> list[int]:
     """At most `limit` of them, drawn: as many of each label, or all of the one that has fewer."""
     if limit is None or len(indices) <= limit:
@@ -139,11 +132,9 @@ def _some(crops: CropSet, indices: list[int], limit: int | None) -> list[int]:
     return sorted(i for _, i in sorted((rank, i) for rows in by_label for rank, i in enumerate(rows))[:limit])
 
 
-def _lost(
-    path: Path, crops: CropSet, split: str, held_out_sets: Sequence[HeldOut], never: Collection[str]
-) -> str | None:
-    """A sentence on the pictures of a manifest that would count and have no usable face."""
-    wanted = [s.id for s in read_manifest(path) if _scorer(s, split, held_out_sets, never) is not None]
+def _lost(path: Path, crops: CropSet, scorer: Callable[[Sample], int | None]) -> str | None:
+    """A sentence on the pictures of a manifest that would count (see `_scorer`) and have no usable face."""
+    wanted = [s.id for s in read_manifest(path) if scorer(s) is not None]
     if not (lost := [name for name in wanted if name in crops.unusable]):
         return None
     example = f"{lost[0]}, {crops.unusable[lost[0]]}" + (", and others" if len(lost) > 1 else "")
@@ -235,7 +226,7 @@ def _scorer(sample: Sample, split: str, held_out_sets: Sequence[HeldOut], never:
     return 0 if sample.split == split else None
 
 
-def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_set: HeldOut | None) -> list[Row]:
+def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_set: HeldOut | None) -> list[Logits]:
     """Each picture's logits by kind and name; of held-out experts instead of the detector's of that name."""
     experts = [held_out_set.experts.get(e.card.name, e) if held_out_set else e for e in detector.experts]
     covers = {e.card.name: e.card.covers for e in experts}
@@ -247,8 +238,7 @@ def _scores(detector: Detector, crops: CropSet, rows: Sequence[int], held_out_se
         else:
             mllm_logits, evidence = detector.judge_faces(faces)
         for mllm_logit, face_evidence in zip(mllm_logits, evidence, strict=True):
-            logits = logits_of(None if np.isnan(mllm_logit) else float(mllm_logit), face_evidence, covers)
-            scores.append({kind: dict(by_name) for kind, by_name in logits.items()})
+            scores.append(logits_of(None if np.isnan(mllm_logit) else float(mllm_logit), face_evidence, covers))
     return scores
 
 
@@ -267,7 +257,7 @@ def plain_face(crops: CropSet, i: int) -> Face:
     return Face(0, (0.0, 0.0, size, size), points, 1.0, crop, points, 0.0, large)
 
 
-def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Floats]]:
+def _columns(rows: Sequence[Logits], mllm: str | None) -> dict[str, dict[str, Floats]]:
     """Kind -> name -> logits [n], NaN where a score is missing; with those of the MLLM if `mllm` is given."""
     names = {kind: sorted({n for row in rows for n in row[kind] if n != MLLM or mllm}) for kind in KINDS}
     return {
@@ -276,12 +266,7 @@ def _columns(rows: Sequence[Row], mllm: str | None) -> dict[str, dict[str, Float
     }
 
 
-def _error_group(sample: Sample) -> str:
-    """The group in which errors on a picture are counted: its source, or the generator of a synthetic fake."""
-    return sample.origin if sample.label == "fake" and sample.synthetic else sample.source
-
-
-def _mllm_threshold(rows: Sequence[Row], fakes: NDArray[np.bool_], share: float) -> float:
+def _mllm_threshold(rows: Sequence[Logits], fakes: NDArray[np.bool_], share: float) -> float:
     """The MLLM's P(fake) that a `share` of the real pictures reach, for mode="paper"; 0.5 without scores."""
     logits = [row[KINDS[0]].get(MLLM) for row in rows]
     reals = [float(sigmoid(v)) for v, fake in zip(logits, fakes, strict=True) if v is not None and not fake]
@@ -293,7 +278,7 @@ def _facts(
 ) -> Json:
     p_fake = probabilities(result, logits, len(samples))
     labels = np.array([result.verdict(float(p)).label for p in p_fake])
-    names = np.array([_error_group(s) for s in samples])
+    names = np.array([s.origin for s in samples])
 
     def rates(label: str, rows: NDArray[np.bool_]) -> Json:
         hits_of = {str(n): labels[rows & (names == n)] == label for n in sorted(set(names[rows]))}

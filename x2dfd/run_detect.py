@@ -169,15 +169,15 @@ def run(options: Run) -> None:
     try:
         with progress(total, options.batch_size) as show:
             for path, result, fresh in _results(judge, options.files(), rows, options.frames, window):
-                failed = isinstance(result, Failure)
-                if isinstance(result, Failure):
+                if failed := isinstance(result, Failure):
                     failures[result.code] += 1
+                    counts["failed"] += 1
                 else:
                     n_claims += bool(of_generator(result.provenance))
+                    counts[answer.status(result.verdict)] += 1
                 text = json.dumps(result.to_dict(), allow_nan=False) if options.as_json else block(result)
                 printed = failed and not options.as_json and path in options.absent
                 show("" if table_only or printed else text, failed, fresh)
-                counts["failed" if isinstance(result, Failure) else answer.status(result.verdict)] += 1
                 if options.report is not None:
                     results.append((path, result))
         if rows is not None:

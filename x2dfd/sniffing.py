@@ -104,25 +104,19 @@ def read(file: BinaryIO | Metered, size: int = -1) -> bytes:
         raise InputError("unreadable", f"the file cannot be read: {error.strerror}") from error
 
 
-# Image formats by their first bytes. WEBP, AVIF and HEIF are told apart below.
-_IMAGES: tuple[tuple[bytes, str], ...] = (
+# Formats by their first bytes. The others are told apart in `sniff`.
+_IMAGES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\0", "TIFF"),
-    (b"MM\0*", "TIFF"),
-    (b"II+\0\x08\0\0\0", "TIFF"),
-    (b"MM\0+\0\x08\0\0", "TIFF"),
-)  # fmt: skip
-_VIDEOS: tuple[tuple[bytes, str], ...] = ((b"\x1a\x45\xdf\xa3", "matroska"), (b"FLV\x01", "flv"), (b"OggS\0", "ogg"))
-_REFUSED: tuple[tuple[bytes, str], ...] = (
+    ((b"GIF87a", b"GIF89a"), "GIF"),
+    ((b"II*\0", b"MM\0*", b"II+\0\x08\0\0\0", b"MM\0+\0\x08\0\0"), "TIFF"),
+)
+_VIDEOS = ((b"\x1a\x45\xdf\xa3", "matroska"), (b"FLV\x01", "flv"), (b"OggS\0", "ogg"))
+_REFUSED = (
     (b"%PDF", "PDF"),
     (b"8BPS", "PSD"),
-    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    ((b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51"), "JPEG 2000"),
+    ((b"\xff\x0a", b"\0\0\0\x0cJXL "), "JPEG XL"),
     (b"\0\0\x01\0", "ICO"),
     (b"%!PS", "EPS"),
     (b"\0\0\x01\xba", "MPEG program stream"),

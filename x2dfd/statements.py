@@ -18,10 +18,12 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from x2dfd import sniffing
 from x2dfd.errors import InputError
 from x2dfd.files import Json
 
@@ -87,8 +89,8 @@ def read_statements(source: str | Path | bytes, format: str) -> list[dict[str, s
     """
     readers: dict[str, Callable[[_BoundedFile], Iterator[_Text]]] = {
         "JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "TIFF": _tiff,
-        "AVIF": _xmp_search, "HEIF": _xmp_search, "GIF": _gif, "mov": _video("mov"), "matroska": _video("matroska"),
-        "avi": _video("avi"),
+        "AVIF": _xmp_search, "HEIF": _xmp_search, "GIF": _gif,
+        **{name: partial(_video, name) for name in ("mov", "matroska", "avi")},
     }  # fmt: skip
     if format not in readers:
         return []
@@ -119,7 +121,7 @@ def source_type(value: str) -> tuple[str, str]:
 
 def plain(text: str) -> str:
     """Text out of the file: one printable line of bounded length."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * _MAX_QUOTE]).split())[:_MAX_QUOTE]
+    return sniffing.plain(text[: 4 * _MAX_QUOTE], _MAX_QUOTE)
 
 
 # --- statements in a text -------------------------------------------------------------------------------------------
@@ -323,7 +325,9 @@ def _png(file: _BoundedFile) -> Iterator[_Text]:
         elif kind in (b"tEXt", b"zTXt", b"iTXt"):
             keyword, _, rest = file.read_at(start, size).partition(b"\0")
             name, text = plain(keyword.decode("latin-1")), _png_text(file, kind, rest)
-            if name == "XML:com.adobe.xmp" or name.startswith("Raw profile type"):
+            if name == "XML:com.adobe.xmp":
+                yield _Text("XMP", f"XMP, byte {start}", text)
+            elif name.startswith("Raw profile type"):
                 yield from _png_profile(file, name, text, start)
             else:
                 yield _Text(name, f'PNG text "{name}", byte {start}', text)
@@ -349,10 +353,7 @@ def _png_text(file: _BoundedFile, kind: bytes, rest: bytes) -> str:
 
 
 def _png_profile(file: _BoundedFile, name: str, text: str, offset: int) -> Iterator[_Text]:
-    """XMP or EXIF in PNG text, plain or as ImageMagick writes it: a name, a length and hexadecimal digits."""
-    if not name.startswith("Raw profile type"):
-        yield _Text("XMP", f"XMP, byte {offset}", text)
-        return
+    """XMP or EXIF in PNG text as ImageMagick writes it: a name, a length and hexadecimal digits."""
     try:
         data = bytes.fromhex("".join(text.split()[2:]))
     except ValueError:
@@ -404,21 +405,17 @@ def _gif(file: _BoundedFile) -> Iterator[_Text]:
     yield _Text("comment", "GIF comment", _decode(comment[:_MAX_TEXT]))
 
 
-def _video(name: str) -> Callable[[_BoundedFile], Iterator[_Text]]:
+def _video(name: str, file: _BoundedFile) -> Iterator[_Text]:
     """XMP and the tags of a container of that name."""
+    from x2dfd.video import container_tags
 
-    def read(file: _BoundedFile) -> Iterator[_Text]:
-        from x2dfd.video import container_tags
-
-        yield from _xmp_search(file)
-        try:
-            tags = container_tags(file.file, name)
-        except InputError:  # decoding it failed too, and its row gives the reason
-            return
-        for key, value in tags.items():  # `com.apple.quicktime.software`
-            yield _Text(key.rpartition(".")[2], f'tag "{plain(key)}"', value[:_MAX_TEXT])
-
-    return read
+    yield from _xmp_search(file)
+    try:
+        tags = container_tags(file.file, name)
+    except InputError:  # decoding it failed too, and its row gives the reason
+        return
+    for key, value in tags.items():  # `com.apple.quicktime.software`
+        yield _Text(key.rpartition(".")[2], f'tag "{plain(key)}"', value[:_MAX_TEXT])
 
 
 def _tiff(file: _BoundedFile) -> Iterator[_Text]:

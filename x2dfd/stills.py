@@ -31,10 +31,6 @@ HEIC_INSTALL = "pip install 'x2dfd[heic]'"
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def _not_checked() -> Json:
-    return {"state": "not_checked"}
-
-
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A decoded picture."""
@@ -46,7 +42,7 @@ class Picture:
     notes: tuple[str, ...]  # changes by decoding: "exif_orientation:6", "alpha_on_white", ...
     path: str | None  # as given by the caller; None for bytes and image objects
     file: Json = field(default_factory=dict)  # of the file: `bytes`, `modified` (of a path), `exif`
-    provenance: Json = field(default_factory=_not_checked)  # see x2dfd.provenance
+    provenance: Json = field(default_factory=lambda: {"state": "not_checked"})  # see x2dfd.provenance
 
 
 _PILLOW = threading.RLock()  # warning filters are global to the process: two threads would restore each other's

@@ -99,11 +99,6 @@ def wrapped(text: str) -> str:
     return "\n".join(textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="  ") for line in lines if line)
 
 
-def shortened(text: str) -> str:
-    """The text in a line; JSON has it in full."""
-    return textwrap.shorten(text, 90, placeholder=" …")
-
-
 def printable(text: str) -> str:
     """Control and direction characters spelled out: a file name must not steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

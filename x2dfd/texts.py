@@ -37,9 +37,9 @@ _OPENINGS = {"whole": "The face looks generated as a whole", "part": "A part of 
 _LABEL = re.compile(rf"\b(?:{'|'.join(AREAS)}) (?:{'|'.join(ARTIFACTS)}): ", re.IGNORECASE)
 
 
-def _search_sentence(evidence: Sequence[Evidence], uncounted: frozenset[str]) -> str:
-    """A sentence on what the weighted experts searched for: both kinds of fakes, where one of them tells them apart."""
-    tells_kinds = any(e.kinds for e in evidence if e.expert not in uncounted)
+def _search_sentence(evidence: Sequence[Evidence]) -> str:
+    """A sentence on what the experts searched for: both kinds of fakes, where one of them tells them apart."""
+    tells_kinds = any(e.kinds for e in evidence)
     traces = "traces of image generators and, area by area, for changes" if tells_kinds else "traces of a change"
     return f"The face was checked for {traces}."
 
@@ -54,26 +54,24 @@ def cue_clause(cue: Cue) -> str:
     return _CLAUSES[cue.artifact].format(a=area_name(cue.area))
 
 
-def readable(
-    text: str, verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], pointed_only: bool = False
-) -> str:
-    """The text about a face for people, made from the language model's. `uncounted`: experts without a weight.
+def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_only: bool = False) -> str:
+    """The text about a face for people, made from the language model's; `evidence`: of the experts with a weight.
 
     `pointed_only`: of the signs that the language model names, those alone stay that an expert points at."""
     if verdict.label == "inconclusive":
-        return undecided(verdict, evidence, uncounted)
+        return undecided(verdict, evidence)
     if verdict.label == "real":
-        return f"{_search_sentence(evidence, uncounted)} None were found."
-    sentences = sentences_of(mended(prompts.closed(text, verdict.label, ())))
+        return f"{_search_sentence(evidence)} None were found."
+    sentences = sentences_of(mended(prompts.without_experts(text)))
     cue_sentences = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
     if pointed_only:
-        pointed = {(c.area, c.artifact) for e in evidence if e.expert not in uncounted for c in e.cues}
+        pointed = {(c.area, c.artifact) for e in evidence for c in e.cues}
         cue_sentences = [s for s in cue_sentences if {(c.area, c.artifact) for c in read_cues(s)} <= pointed]
     if not cue_sentences:
-        return called_fake(verdict, evidence, uncounted)
+        return called_fake(verdict, evidence)
     text = " ".join([f"{_opening(verdict)}.", *cue_sentences])
     pairs = [(c.area, c.artifact) for c in read_cues(text)]
-    cues = _nameable_cues(verdict, evidence, uncounted, MIN_FURTHER)
+    cues = _nameable_cues(verdict, evidence, MIN_FURTHER)
     further = [c for c in cues if (c.area, c.artifact) not in pairs][: max(MAX_CUES - len(pairs), 0)]
     return f"{text} {_sentence(further)}" if further else text
 
@@ -111,13 +109,9 @@ def _names_area(cues: Sequence[Cue], verdict: Verdict) -> bool:
     return verdict.kind == "whole" and any(c.area != "whole-image" for c in cues)
 
 
-def _nameable_cues(
-    verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str], least: float = MIN_FIRST
-) -> list[Cue]:
-    """The cues of weighted experts that a text may name of a face that is called fake, the surest first.
-
-    `least`: the lowest probability of a cue."""
-    candidates = [c for e in evidence if e.expert not in uncounted for c in e.cues if not _names_area([c], verdict)]
+def _nameable_cues(verdict: Verdict, evidence: Sequence[Evidence], least: float) -> list[Cue]:
+    """The cues of at least that probability that a text may name of a face that is called fake, the surest first."""
+    candidates = [c for e in evidence for c in e.cues if not _names_area([c], verdict)]
     cues: dict[tuple[str, str], Cue] = {}
     for cue in sorted(candidates, key=_sureness, reverse=True):
         cues.setdefault((cue.area, cue.artifact), cue)
@@ -130,14 +124,13 @@ def _sureness(cue: Cue) -> float:
 
 def _sentence(cues: Sequence[Cue]) -> str:
     """Cues in one sentence, from which `read_cues` reads them back."""
-    *first, last = map(cue_clause, cues)
-    clause = f"{', '.join(first)}, and {last}" if first else last
+    clause = prompts.listed([cue_clause(c) for c in cues], ", and ")
     return f"{clause[0].upper()}{clause[1:]}."
 
 
-def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
-    """A text on why a face is called fake, from the cues of the experts with a weight."""
-    if cues := _nameable_cues(verdict, evidence, uncounted):
+def called_fake(verdict: Verdict, evidence: Sequence[Evidence]) -> str:
+    """A text on why a face is called fake, from the experts' cues."""
+    if cues := _nameable_cues(verdict, evidence, MIN_FIRST):
         further = [c for c in cues[1:] if _sureness(c) >= MIN_FURTHER]
         return f"{_opening(verdict)}. {_sentence([cues[0], *further][:MAX_CUES])}"
     if verdict.kind == "whole":
@@ -145,12 +138,12 @@ def called_fake(verdict: Verdict, evidence: Sequence[Evidence], uncounted: froze
     return f"{_opening(verdict)}, although no single area stands out."
 
 
-def undecided(verdict: Verdict, evidence: Sequence[Evidence], uncounted: frozenset[str] = frozenset()) -> str:
+def undecided(verdict: Verdict, evidence: Sequence[Evidence]) -> str:
     """A text on what was searched for, and that it decided nothing; no sign is named."""
     if verdict.reason == "not_a_photograph":
         return "This looks like a drawing, a painting or a render and no photo, so it was not judged."
-    text = f"{_search_sentence(evidence, uncounted)} What was found is not clear enough for an answer."
-    if (extremes := disagreement(evidence, uncounted)) is None:
+    text = f"{_search_sentence(evidence)} What was found is not clear enough for an answer."
+    if (extremes := disagreement(evidence)) is None:
         return text
     low, high = extremes
     return f"{text} The experts disagree: {low.expert} says {percent(low.score)}, {high.expert} {percent(high.score)}."

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -307,9 +308,8 @@ class _Decoder:
     def neighbours(self, frame: VideoFrame) -> tuple[VideoFrame | None, VideoFrame, VideoFrame | None]:
         """The frame that `next_from` returned, with the one before and the one after, or None where there is none."""
         if not self._ahead:
-            self._ahead = [next_frame for next_frame in [next(self._frames, None)] if next_frame is not None]
-        after = self._ahead[0] if self._ahead else None
-        return self._before, frame, after
+            self._ahead = list(islice(self._frames, 1))
+        return self._before, frame, self._ahead[0] if self._ahead else None
 
     def _next(self) -> VideoFrame | None:
         self._before = self._last

@@ -183,21 +183,18 @@ def _end(process: subprocess.Popen[bytes], pipe: Connection) -> None:
     pipe.close()
 
 
+_ARRAYS = {
+    "numpy": ("dtype", "ndarray"),
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+    "numpy._core.numeric": ("_frombuffer",),
+}
+
+
 class _Records(pickle.Unpickler):
     """Reads records, errors and arrays, and no code, as a hostile file may control the process."""
 
-    _ARRAYS = frozenset(
-        {
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "scalar"),
-            ("numpy._core.numeric", "_frombuffer"),
-        }
-    )
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self._ARRAYS:
+        if name in _ARRAYS.get(module, ()):
             return super().find_class(module, name)
         if module.startswith("x2dfd.") and "." not in name:
             cls = super().find_class(module, name)
