@@ -178,7 +178,7 @@ def _videos(samples: Sequence[Sample], column: Column, compat: Compat) -> Part:
     sbi_pooling = "mean over all frames of the most suspicious face, 0.5 without one"
     result["sbi"] = measured(*sbi) | {"pooling": sbi_pooling, "frames_without_score": without_score}
     if compat.clips:  # its clips are not our groups, so there is no interval
-        names, of_clips, scores = pool_clips(scored.samples, scored.labels, scored.scores, compat)
+        names, of_clips, scores = pool_clips(scored.samples, scored.labels, scored.scores)
         auc, eer = stats.auc(of_clips, scores), m.eer(of_clips, scores)
         result["stock"] = {"n": len(names), "auc": auc, "eer": eer, "pooling": "by the folder's name alone"}
     return result
