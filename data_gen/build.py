@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_gen.exchange import FORMATS
 from data_gen.exchange import write as export
@@ -232,9 +234,6 @@ def corrupted(evidence: Sequence[Evidence], rate: float, rng: np.random.Generato
 
 
 def _write_parquet(path: Path, records: Sequence[Json]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     flat = [
         {**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"]), "pointed": json.dumps(r["pointed"])}
         for r in records

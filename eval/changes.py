@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from x2dfd.degrade import Pixels, Rng, codec, soft, video_codec
 from x2dfd.errors import UnknownName
@@ -62,8 +63,6 @@ def _noisy(deviation: float) -> Make:
 
 
 def _on_a_screen(pixels: Pixels, _: Rng) -> Pixels:
-    from PIL import Image
-
     height, width = pixels.shape[:2]
     scale = min(0.8, 720 / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))

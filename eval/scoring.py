@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from eval import metrics as m
 from eval import stats
@@ -33,8 +34,6 @@ LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --eq
 
 def equalise(pixels: NDArray[np.uint8]) -> bytes:
     """The picture in a common form, longest side at most 1024, JPEG quality 90, so that its format reveals nothing."""
-    from PIL import Image
-
     image = Image.fromarray(pixels)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -50,8 +49,6 @@ def equalised(path: Path) -> bytes:
 def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes:
     """The file's picture under a change, as PNG. With `equal` it is equalised first, as in task `experts`. Raises
     InputError."""
-    from PIL import Image
-
     pixels = load_picture(equalised(path) if equal else path).pixels
     stream = io.BytesIO()
     Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)

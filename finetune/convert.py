@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from finetune.config import LANGUAGE_LINEARS
 from finetune.published import PROJECTOR, read_trained
@@ -23,12 +25,9 @@ from x2dfd.checkpoints import base_identity, crop_size_of, load_processor
 from x2dfd.errors import SetupError
 from x2dfd.experts import load_expert
 from x2dfd.faces import preprocessing
-from x2dfd.files import Json, file_sha256, parse_json, write_text
+from x2dfd.files import Json, atomic_write, file_sha256, parse_json, write_text
 from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 OTHERS = PROJECTOR[0]
 SETTINGS = "adapter_config.json"
@@ -134,9 +133,6 @@ def llava_settings(settings: Json, base: str) -> Json:
 
 def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: Path) -> None:
     """Refuse tensors in the hub's layout whose shapes do not fit the base. Raises SetupError."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
@@ -167,8 +163,6 @@ def to_hub(
     `x2dfd.prompts.CHAT_TEMPLATES`; `experts`: those whose scores its prompt states, in that order, with the weights
     found here; `aliases`: names of experts in the prompt. `out` must hold no adapter yet. Raises SetupError.
     """
-    from transformers import AutoConfig
-
     settings = _settings(source)
     state, others = read_trained(source)
     try:
@@ -215,9 +209,6 @@ def to_hub(
 def to_llava(source: Path, out: Path, *, base: str) -> None:
     """Convert an adapter directory for LLaVA's own code, which loads its base by the name `base`
     (liuhaotian/llava-v1.5-7b). `out` must not hold an adapter yet. Raises SetupError with the reason."""
-    import torch
-    from safetensors.torch import load_file
-
     settings = _settings(source)
     try:
         state = renamed(load_file(source / WEIGHTS), False)
@@ -242,11 +233,8 @@ def _settings(source: Path) -> Json:
 
 
 def _write(out: Path, state: dict[str, Tensor], settings: Json) -> None:
-    from safetensors.torch import save_file
-
     if (out / WEIGHTS).exists():
         raise SetupError(f"{out} holds an adapter already; choose another folder", code="folder_taken")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(state, out / f".{WEIGHTS}", {"format": "pt"})
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    (out / f".{WEIGHTS}").replace(out / WEIGHTS)
+    with atomic_write(out / WEIGHTS) as temporary:
+        save_file(state, temporary, {"format": "pt"})

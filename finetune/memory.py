@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from finetune.config import FinetuneConfig, check_config, zero_settings, zero_stage
 from finetune.models import part_name, resolved, tune
@@ -48,8 +49,6 @@ class Shape:
 
 def shape(config: FinetuneConfig) -> Shape:
     """The model's shape, from its configuration file alone. Raises SetupError when there is none."""
-    from transformers import AutoConfig
-
     try:
         settings: Any = AutoConfig.from_pretrained(require("base") if config.base is None else config.base)
     except (OSError, ValueError) as error:
@@ -62,8 +61,6 @@ def shape(config: FinetuneConfig) -> Shape:
 
 def shape_of(settings: Any, config: FinetuneConfig) -> Shape:
     """The shape of a model of the given transformers configuration, trained as `config` says."""
-    from transformers import AutoModelForImageTextToText
-
     text = settings.get_text_config()
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(settings)

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 
+from data_gen.writers import write_explanation
 from eval import metrics as m
 from eval import stats, texts
 from eval.rows import Origin, Pair, SampleRow, score
@@ -103,8 +104,6 @@ class Baselines:
 
 def references(sample: Sample) -> list[str]:
     """A sample's reference texts in the manifest, else texts that the grammar writes from its known cues."""
-    from data_gen.writers import write_explanation
-
     if given := texts.references_of(sample):
         return list(given)
     kind = "real" if sample.label == "real" else sample.df_class

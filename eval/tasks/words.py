@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,14 +23,13 @@ from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task
 from eval.tasks.detect import majority_rows
 from x2dfd import prompts
 from x2dfd.calibration import sigmoid
+from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import said_label
+from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
+from x2dfd.media import load_picture
 from x2dfd.types import DF_CLASSES, Evidence, Face, Report
-
-if TYPE_CHECKING:
-    from x2dfd.detector import Detector
-
 
 MAX_EXAMPLES = 10  # answers that could not be read, in the result
 EXCHANGES: dict[str, tuple[Callable[[Sample], str], Callable[[str, Sample], str]]] = {
@@ -122,10 +120,6 @@ def ask(
     batch_size: int,
 ) -> tuple[list[SampleRow], list[Origin]]:
     """A row for each sample, and their origin."""
-    from x2dfd.detector import versions
-    from x2dfd.faces import find_faces
-    from x2dfd.media import load_picture
-
     rows: list[SampleRow] = [SampleRow.of(s) for s in samples]
     pending: list[tuple[SampleRow, Sample]] = []
     faces: list[Face] = []
@@ -154,8 +148,6 @@ def _fill_rows(
     read: Callable[[str, Sample], str],
 ) -> None:
     """Fills the rows of faces that go through the model as one batch; an error is recorded for its own picture only."""
-    from x2dfd.detector import through_codec
-
     try:
         logits, evidence = detector.judge_faces(faces)
         encoding = detector.mllm.encode(np.stack([f.view for f in through_codec(faces)]))
@@ -264,8 +256,6 @@ def follow_up(sample: Sample) -> str:
 
 def converse(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tuple[list[SampleRow], list[Origin]]:
     """One follow-up after each verdict."""
-    from x2dfd.detector import versions
-
     rows = []
     for sample in samples:
         row = SampleRow.of(sample)
