@@ -82,8 +82,7 @@ def predict(
     config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKENS, answers: float = ANSWERS
 ) -> dict[str, float]:
     """Bytes on each GPU by what they are for; `total` is their sum. `tokens`: of one row; `answers`: their share."""
-    stage = zero_stage(config)
-    offloaded = zero_settings(config.deepspeed) if config.deepspeed else {}
+    stage, offloaded = zero_stage(config), zero_settings(config)
     width = 4 if config.base_dtype in ("float32", "auto") else 2
     four = found.linears if config.method == "qlora" else 0
     weights = (found.total - four) * width + four * 0.516  # NF4 with its scales quantised once more
