@@ -38,6 +38,9 @@ NAMES = (
 )
 """How tensors begin in LLaVA's layout and in the hub's."""
 
+PLACE, LINEARS = LANGUAGE_LINEARS.rsplit("(", 1)[0], LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
+"""Where the language model's linear layers are, as a regular expression, and their names."""
+
 NEWER = (
     "corda_config", "eva_config", "exclude_modules", "target_parameters", "trainable_token_indices", "lora_bias",
     "use_qalora", "qalora_group_size",
@@ -67,21 +70,18 @@ def hub_settings(settings: Json, base: str) -> Json:
     used = [k for k, value in newer.items() if value]
     if used:
         raise SetupError(f"{SETTINGS}: converting would lose {', '.join(used)}", code="setting_unsupported")
-    linears = LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
     targets = settings["target_modules"]
-    unsupported = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
+    unsupported = sorted(set(targets) - set(LINEARS)) if isinstance(targets, list) else [targets]
     if unsupported:
         raise SetupError(
             f"{SETTINGS}: not linear layers of the language model: {', '.join(unsupported)}", code="targets_unsupported"
         )
+    return _settings_of(settings, base, f"{PLACE}({'|'.join(sorted(targets))})", ["multi_modal_projector"])
+
+
+def _settings_of(settings: Json, base: str, targets: object, whole: list[str] | None) -> Json:
     older = {k: v for k, v in settings.items() if k not in NEWER}
-    expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
-    return {
-        **older,
-        "base_model_name_or_path": base,
-        "target_modules": expression,
-        "modules_to_save": ["multi_modal_projector"],
-    }
+    return older | {"base_model_name_or_path": base, "target_modules": targets, "modules_to_save": whole}
 
 
 def check_complete(
@@ -117,18 +117,12 @@ def check_complete(
 def llava_settings(settings: Json, base: str) -> Json:
     """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
     start, sign, words = str(settings["target_modules"]).rpartition("(")
-    if start != LANGUAGE_LINEARS.rsplit("(", 1)[0] or not sign:
+    if start != PLACE or not sign:
         raise SetupError(
             f"{SETTINGS}: targets {settings['target_modules']!r} have no counterpart in LLaVA's layout",
             code="targets_without_counterpart",
         )
-    older = {k: v for k, v in settings.items() if k not in NEWER}
-    return {
-        **older,
-        "base_model_name_or_path": base,
-        "target_modules": words.rstrip(")").split("|"),
-        "modules_to_save": None,
-    }
+    return _settings_of(settings, base, words.rstrip(")").split("|"), None)
 
 
 def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: Path) -> None:
