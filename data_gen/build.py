@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data_gen.exchange import FORMATS
 from data_gen.exchange import write as export
@@ -63,6 +65,11 @@ class BuildConfig:
     crop_size: int = CROP_SIZE  # side of the pictures that are written with `format`
     seed: int = 0
 
+    @property
+    def weights(self) -> Path | None:
+        """`expert_weights` as a path."""
+        return Path(self.expert_weights) if self.expert_weights else None
+
 
 def build(config: BuildConfig, out: Path) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
@@ -109,8 +116,7 @@ def _explainable_cues(config: BuildConfig) -> set[tuple[str, str]] | None:
     covers (WFS). None without a ranking, which means all."""
     if config.assessment is None:
         return None
-    weights = Path(config.expert_weights) if config.expert_weights else None
-    cards = [load_expert(name, weights).card for name in config.experts]
+    cards = [load_expert(name, config.weights).card for name in config.experts]
     pairs = {(area, artifact) for area in AREAS for artifact in ARTIFACTS}
     covered = {(a, r) for a, r in pairs if any(card.covers_cue(a, r) for card in cards)}
     return set(strong_cues(read_assessment(Path(config.assessment)))) | covered
@@ -119,7 +125,7 @@ def _explainable_cues(config: BuildConfig) -> set[tuple[str, str]] | None:
 def expert_scores(data: CropSet, rows: Sequence[int], config: BuildConfig) -> dict[str, list[Evidence]]:
     """Each expert's evidence about each sample's augmented view: sample id -> evidence in prompt order."""
     table: dict[str, list[Evidence]] = {data.samples[i].id: [] for i in rows}
-    weights = Path(config.expert_weights) if config.expert_weights else None
+    weights = config.weights
     if weights is not None and not any((weights / f"{name}.card.json").is_file() for name in config.experts):
         raise X2DFDError(f"{weights} holds no card of {', '.join(config.experts)}", code="expert_card_missing")
     for name in config.experts:
@@ -141,7 +147,7 @@ def _tower_features(data: CropSet, rows: Sequence[int], config: BuildConfig, exp
         return None
     from external_detectors.tower import WEIGHTS
 
-    additions = Path(config.expert_weights or WEIGHTS) / expert.card.weights
+    additions = (config.weights or WEIGHTS) / expert.card.weights
     layers = max(HEAD_LAYERS)
     return cached_features(
         data, np.array(rows), Path(config.features), layers, HEAD_LAYERS, config.view_seed, additions=additions
@@ -232,13 +238,7 @@ def corrupted(evidence: Sequence[Evidence], rate: float, rng: np.random.Generato
 
 
 def _write_parquet(path: Path, records: Sequence[Json]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    flat = [
-        {**r, "cues": json.dumps(r["cues"]), "scores": json.dumps(r["scores"]), "pointed": json.dumps(r["pointed"])}
-        for r in records
-    ]
+    flat = [r | {key: json.dumps(r[key]) for key in ("cues", "scores", "pointed")} for r in records]
     with atomic_write(path) as temporary:
         pq.write_table(pa.Table.from_pylist(flat), temporary)
 
@@ -247,12 +247,10 @@ def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
     """Data card: counts per task, split, source, licence, label, method, class and cue, and variety of the texts."""
     verdicts = [r for r in records if r["task"] == "detect"]
     answers = [r["conversations"][1]["value"] for r in verdicts]
-
-    weights = Path(config.expert_weights) if config.expert_weights else None
-
-    def count(key: str) -> dict[str, int]:
-        return dict(sorted(Counter(str(r[key]) for r in verdicts).items()))
-
+    counts = {
+        key: dict(sorted(Counter(str(r[key]) for r in verdicts).items()))
+        for key in ("split", "label", "dataset", "licence", "method", "df_class")
+    }
     cues = Counter(f"{c['area']} x {c['artifact']}" for r in verdicts for c in r["cues"])
     return {
         "config": asdict(config),
@@ -260,15 +258,10 @@ def data_card(records: Sequence[Json], config: BuildConfig, out: Path) -> Json:
         "views": VIEWS,
         "instructions_sha256": file_sha256(out / "instructions.jsonl"),
         "assessment_sha256": file_sha256(out / "assessment.json") if config.assessment else None,
-        "experts": {name: card_of(name, weights).sha256 for name in config.experts},  # in the order of the prompt
+        "experts": {name: card_of(name, config.weights).sha256 for name in config.experts},  # in the prompt's order
         "pictures": len(verdicts),
         "records": dict(sorted(Counter(r["task"].rstrip("0123456789") for r in records).items())),
-        "split": count("split"),
-        "label": count("label"),
-        "dataset": count("dataset"),
-        "licence": count("licence"),
-        "method": count("method"),
-        "df_class": count("df_class"),
+        **counts,
         "cues": dict(cues.most_common()),
         "distinct_answers": round(len(set(answers)) / max(1, len(answers)), 4),
         "distinct_3": round(distinct_n(answers, 3), 4),

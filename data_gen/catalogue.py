@@ -24,14 +24,11 @@ from PIL import Image
 
 from data_gen.forge import HARMLESS, METHODS, Forgery, Method, Photo, forge
 from data_gen.run_forge import ForgeConfig, load_photo
-from x2dfd.degrade import tone
+from x2dfd.degrade import Pixels, Rng, tone
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.faces import find_faces
 from x2dfd.files import Json, write_text
 from x2dfd.manifest import Sample, read_manifest
-
-Pixels = NDArray[np.uint8]
-Rng = np.random.Generator
 
 STRENGTHS = (("faint", 0.1), ("middle", 0.5), ("blatant", 0.9))
 AMPLIFY = 6  # the difference is shown this many times as large

@@ -18,6 +18,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from x2dfd import prompts
 from x2dfd.crops import CropSet
 from x2dfd.errors import X2DFDError
@@ -37,8 +39,6 @@ Record = Json
 def write(records: Sequence[Record], data: CropSet, view_seed: int, out: Path, format_name: str) -> Path:
     """Write the records of `data_gen build` in a format of FORMATS, one file for each split, with the augmented views
     that the experts scored as PNG. Returns the folder, `out/format_name`."""
-    from PIL import Image
-
     folder = out / format_name
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for row in progress(sorted({int(r["row"]) for r in records}), "pictures"):

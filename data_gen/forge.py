@@ -13,8 +13,9 @@ import numpy as np
 
 from data_gen.harmless import HARMLESS
 from data_gen.methods import LATENT, METHODS
-from data_gen.tools import Forgery, Method, Photo, Pixels, Rng, grown_mask, untouched
+from data_gen.tools import Forgery, Method, Photo, grown_mask, rounded, untouched
 from data_gen.visibility import SEEN_FROM, SHOWS, visible
+from x2dfd.degrade import Pixels, Rng
 from x2dfd.types import Cue
 
 __all__ = [
@@ -44,7 +45,7 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
     power = float(rng.uniform(0, 1)) if strength is None else strength
     while True:
         output, mask, pairs = method.make(photo, donor, power, rng)
-        pixels = np.clip(np.rint(output), 0, 255).astype(np.uint8)
+        pixels = rounded(output)
         cue_masks = [mask * grown_mask(photo, a) if method.by_area and k != "blending" else mask for a, k in pairs]
         scores = [visible(photo.pixels, pixels, m, k) for m, (_, k) in zip(cue_masks, pairs, strict=True)]
         threshold = min(SHOWS, max(scores, default=0.0))  # the plainest cue stays
@@ -54,7 +55,7 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
         power = min(1.0, power + 0.35)
     return Forgery(
         pixels=pixels,
-        mask=np.clip(np.rint(mask * 255), 0, 255).astype(np.uint8),
+        mask=rounded(mask * 255),
         cues=cues,
         method=method.name,
         df_class=method.df_class,
@@ -83,10 +84,9 @@ def changed(photo: Photo, forgery: Forgery, method: Method, rng: Rng) -> Forgery
     """
     power, draws = float(rng.uniform(0, 1)), int(rng.integers(2**63))
     before, after = (
-        np.clip(np.rint(method.make(replace(photo, pixels=p), None, power, np.random.default_rng(draws))[0]), 0, 255)
+        rounded(method.make(replace(photo, pixels=p), None, power, np.random.default_rng(draws))[0])
         for p in (photo.pixels, forgery.pixels)
     )
-    before, after = before.astype(np.uint8), after.astype(np.uint8)
     mask = forgery.mask.astype(np.float32) / 255
     scores = []
     for cue in forgery.cues:

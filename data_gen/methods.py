@@ -14,7 +14,6 @@ from data_gen.tools import (
     Made,
     Method,
     Photo,
-    Rng,
     blend,
     blend_mask,
     dct_thin,
@@ -34,7 +33,7 @@ from data_gen.tools import (
     upsample_trace,
     wander,
 )
-from x2dfd.degrade import codec, rescale, soft, tone
+from x2dfd.degrade import Rng, codec, rescale, soft, tone
 from x2dfd.faces import OVAL, Array
 
 
@@ -201,29 +200,33 @@ def area_warp(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> M
     return pixels, mask, [(area, "asymmetry" if one_sided else "geometry")]
 
 
+_LIPS = [61, 291, 13, 14, 0, 17, 39, 269, 181, 405]
+_LOWER_LIP = [3, 5, 8, 9]  # places in _LIPS
+_HELD = [*OVAL, 33, 133, 263, 362, 1, 6, 168, 50, 280]
+
+
 def expression(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
     """Mouth corners or brows moved by the mesh, the rest held: a crude reenactment."""
     size, p = face_size(photo), photo.landmarks.astype(float)
-    held = np.array([*OVAL, 33, 133, 263, 362, 1, 6, 168, 50, 280])
     amount = (0.035 + 0.06 * strength) * size
     if rng.random() < 0.65:
-        area, moved = "mouth", np.array([61, 291, 13, 14, 0, 17, 39, 269, 181, 405])
+        area, moved = "mouth", _LIPS
         delta = np.zeros((len(moved), 2))
         lift = rng.choice([-1, 1]) * amount
         delta[:2, 1] -= lift
         if rng.random() < 0.6:  # opened or pressed lips
             gap = rng.uniform(0.3, 1.0) * amount
-            delta[[3, 5, 8, 9], 1] += gap
+            delta[_LOWER_LIP, 1] += gap
         delta[0, 0] -= lift * 0.5
         delta[1, 0] += lift * 0.5
     else:
-        area, moved = "eyebrows", np.array([70, 63, 105, 66, 107, 300, 293, 334, 296, 336])
+        area, moved = "eyebrows", [70, 63, 105, 66, 107, 300, 293, 334, 296, 336]
         delta = np.zeros((len(moved), 2))
         delta[:, 1] -= rng.choice([-1, 1]) * amount
         if rng.random() < 0.4:
             delta[5:] *= -0.3
-    target = np.concatenate([p[held], p[moved] + delta])
-    source = np.concatenate([p[held], p[moved]])
+    target = np.concatenate([p[_HELD], p[moved] + delta])
+    source = np.concatenate([p[_HELD], p[moved]])
     out = remap(photo.pixels, tps_maps(target, source, photo.pixels.shape))
     mask = grown_mask(photo, area, 0.08)
     alpha = soft(mask, 0.03 * size)
@@ -322,9 +325,7 @@ def missing_detail(photo: Photo, donor: Photo | None, strength: float, rng: Rng)
     return blend(photo.pixels, new, alpha), alpha, [(area, "missing-detail")]
 
 
-_LIPS = [61, 291, 13, 14, 0, 17, 39, 269, 181, 405]
 _AROUND_MOUTH = [164, 206, 426, 216, 436, 210, 430, 199, 61, 291]
-_HELD = [*OVAL, 33, 133, 263, 362, 1, 6, 168, 50, 280]
 
 
 def mouth(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
@@ -343,9 +344,9 @@ def mouth(photo: Photo, donor: Photo | None, strength: float, rng: Rng) -> Made:
             delta += rng.choice([-1, 1], 2) * amount * rng.uniform(0.3, 1.0, 2)
         else:
             gap = amount if kind == "open" else -min(amount, 0.9 * float(np.linalg.norm(p[14] - p[13])) + 0.01 * size)
-            delta[[3, 5, 8, 9], 1] += gap  # the lower lip
+            delta[_LOWER_LIP, 1] += gap
         points = np.concatenate([p[_HELD], p[_LIPS]])
-        moved = points + np.concatenate([np.zeros((len(_HELD), 2)), delta])
+        moved = np.concatenate([p[_HELD], p[_LIPS] + delta])
         new = remap(photo.pixels, tps_maps(moved, points, photo.pixels.shape)).astype(np.float32)
         cues, teeth = [("mouth", "blending"), ("mouth", "expression")], teeth and kind != "close"
     hull = cv2.convexHull(photo.landmarks[_AROUND_MOUTH].round().astype(np.int32))

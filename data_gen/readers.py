@@ -97,23 +97,16 @@ class Group(StrEnum):
     clip = "clip"  # by clip alone: for given splits in which people appear twice
 
 
-def components(sets: Iterable[Sequence[str]]) -> dict[str, str]:
+def components(sets: Sequence[Sequence[str]]) -> dict[str, str]:
     """The name of each source's connected component: its first member in natural order."""
-    parent: dict[str, str] = {}
+    from scipy.cluster.hierarchy import DisjointSet  # slow to import
 
-    def root(name: str) -> str:
-        parent.setdefault(name, name)
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    for name_a, *rest in sets:
-        root_a = root(name_a)
-        for name_b in rest:
-            root_a, root_b = sorted((root_a, root(name_b)), key=natural)
-            parent[root_b] = root_a
-    return {name: root(name) for name in parent}
+    joined = DisjointSet(name for names in sets for name in names)
+    for first, *rest in sets:
+        for name in rest:
+            joined.merge(first, name)
+    named = ((min(members, key=natural), members) for members in joined.subsets())
+    return {name: first for first, members in named for name in members}
 
 
 def parse_shares(text: str) -> dict[str, float]:

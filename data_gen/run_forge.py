@@ -268,7 +268,7 @@ def _sibling(source: _Source, split: str, target: Sample, rng: np.random.Generat
     return None
 
 
-def pose(photo: Photo) -> NDArray[np.uint8]:
+def pose(photo: Photo) -> NDArray[np.float64]:
     """The turn and tilt of the head, as the nose's position between the ends of the mesh: about 0.5 from the front."""
     p = photo.landmarks
     across, down = p[454] - p[234], p[152] - p[10]

@@ -10,12 +10,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from x2dfd.degrade import soft
+from x2dfd.degrade import Pixels, Rng, soft
 from x2dfd.faces import OVAL, Array, area_mask
 from x2dfd.types import Cue
-
-Pixels = NDArray[np.uint8]
-Rng = np.random.Generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +73,11 @@ def grown_mask(photo: Photo, area: str, grow: float = 0.0) -> Array:
 
 def shows_teeth(photo: Photo) -> bool:
     return bool(grown_mask(photo, "teeth").sum() > 0.004 * face_size(photo) ** 2)
+
+
+def rounded(values: Array) -> Pixels:
+    """As whole numbers, cut off at 0 and 255."""
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def blend(base: Array, new: Array, mask: Array) -> Array:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from data_gen.tools import Pixels
-from x2dfd.degrade import soft
+from x2dfd.degrade import Pixels, soft
 from x2dfd.faces import Array
 
 _PLAIN = {

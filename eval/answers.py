@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sklearn.metrics import f1_score
+
 from x2dfd.explain import said_labels
 from x2dfd.prompts import CLASS_QUESTION
 from x2dfd.types import DF_CLASSES
@@ -125,8 +127,5 @@ def confusion(truth: Sequence[str], predictions: Sequence[str], classes: Sequenc
 
 def macro_f1(truth: Sequence[str], predictions: Sequence[str]) -> float | None:
     """Mean F1 over the classes that some sample has; an invalid answer is a miss of the true class."""
-    scores = []
-    for name in sorted(set(truth)):
-        correct = sum(t == p == name for t, p in zip(truth, predictions, strict=True))
-        scores.append(2 * correct / (sum(t == name for t in truth) + sum(p == name for p in predictions)))
-    return sum(scores) / len(scores) if scores else None
+    classes = sorted(set(truth))
+    return float(f1_score(truth, predictions, labels=classes, average="macro")) if classes else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from x2dfd.degrade import Pixels, Rng, codec, soft, video_codec
 from x2dfd.errors import UnknownName
@@ -61,17 +62,12 @@ def _noisy(deviation: float) -> Make:
     return lambda pixels, rng: _rounded(pixels + deviation * rng.standard_normal(pixels.shape, np.float32))
 
 
-def _on_a_screen(longest: int, factor: float, radius: float, amount: float) -> Make:
-    def make(pixels: Pixels, _: Rng) -> Pixels:
-        from PIL import Image
-
-        height, width = pixels.shape[:2]
-        scale = min(factor, longest / max(height, width))
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), np.float32)
-        return _rounded(resized + amount * (resized - soft(resized, radius)))
-
-    return make
+def _on_a_screen(pixels: Pixels, _: Rng) -> Pixels:
+    height, width = pixels.shape[:2]
+    scale = min(0.8, 720 / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    resized = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC), np.float32)
+    return _rounded(resized + 0.4 * (resized - soft(resized, 1.0)))
 
 
 CHANGES: dict[str, Change] = {
@@ -90,7 +86,7 @@ CHANGES: dict[str, Change] = {
             "screenshot",
             "as shown on a screen: bicubic to 0.8 of its size, longest side at most 720; unsharp mask, sigma 1 pixel, "
             "40 %; PNG",
-            _on_a_screen(720, 0.8, 1.0, 0.4),
+            _on_a_screen,
         ),
     )
 }
@@ -115,10 +111,7 @@ def _as_video(crf: int) -> Make:
 
 
 def _longest(side: int) -> Make:
-    def make(pixels: Pixels, rng: Rng) -> Pixels:
-        return _shrunk(min(1.0, side / max(pixels.shape[:2])))(pixels, rng)
-
-    return make
+    return lambda pixels, rng: _shrunk(min(1.0, side / max(pixels.shape[:2])))(pixels, rng)
 
 
 def _chained(*steps: Make) -> Make:
@@ -129,8 +122,6 @@ def _chained(*steps: Make) -> Make:
 
     return make
 
-
-_SCREEN = _on_a_screen(720, 0.8, 1.0, 0.4)
 
 CODEC: Suite = {
     "jpeg": _levels("jpeg", "JPEG, quality {}", {f"{q}": _coded(".jpg", q) for q in (80, 60, 40, 20, 10)}),
@@ -159,11 +150,11 @@ CODEC: Suite = {
         ),
     ),
     "screenshot-share": (
-        Change("codec/screenshot-share/once", "screenshot, then JPEG 75", _chained(_SCREEN, _coded(".jpg", 75))),
+        Change("codec/screenshot-share/once", "screenshot, then JPEG 75", _chained(_on_a_screen, _coded(".jpg", 75))),
         Change(
             "codec/screenshot-share/twice",
             "screenshot, JPEG 70, screenshot of that, JPEG 50",
-            _chained(_SCREEN, _coded(".jpg", 70), _SCREEN, _coded(".jpg", 50)),
+            _chained(_on_a_screen, _coded(".jpg", 70), _on_a_screen, _coded(".jpg", 50)),
         ),
     ),
 }

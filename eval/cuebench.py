@@ -105,9 +105,7 @@ def plan(photos: Sequence[Photo], names: Sequence[str], per_method: int = PER_ME
 
 def _donor(photos: Sequence[Photo], k: int, turn: int) -> int:
     """The one of the next few photos of other groups whose head pose is most similar."""
-    others = [
-        j % len(photos) for j in range(k + 1, k + len(photos)) if photos[j % len(photos)].group != photos[k].group
-    ]
+    others: list[int] = [j for j in [*range(k + 1, len(photos)), *range(k)] if photos[j].group != photos[k].group]
     start = 4 * turn % len(others)
     candidates = [others[(start + j) % len(others)] for j in range(min(4, len(others)))]
     return min(candidates, key=lambda j: (float(np.abs(pose(photos[j]) - pose(photos[k])).max()), j))

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from eval import metrics as m
-from eval.stats import Floats, Labels
+from eval.stats import Floats, Labels, both_classes
 from x2dfd.files import Json
 
 POINTS = 200  # of a curve, at most
@@ -16,24 +16,23 @@ BINS = 10  # of the calibration curve, equal width
 def of(labels: Labels, scores: Floats) -> Json:
     """`roc`: [false alarms, fakes found]; `risk_coverage`: [coverage, risk]; `reliability`: a row for each bin that is
     not empty, at even odds, which the probability assumes. All are empty if a class is missing."""
-    if not (0 < labels.sum() < len(labels)):
+    if not both_classes(labels):
         return {"roc": [], "risk_coverage": [], "reliability": []}
     fpr, tpr, _ = roc_curve(labels, scores)
     coverage, risk = m.risk_coverage(labels, scores)
     return {
         "roc": _thinned(fpr, tpr),
         "risk_coverage": _thinned(coverage, risk),
-        "reliability": reliability(labels, scores) if scores.min() >= 0 and scores.max() <= 1 else [],
+        "reliability": _reliability(labels, scores) if scores.min() >= 0 and scores.max() <= 1 else [],
     }
 
 
-def reliability(labels: Labels, scores: Floats) -> list[Json]:
+def _reliability(labels: Labels, scores: Floats) -> list[Json]:
     """For each bin of P(fake), its mean, the share of fakes at even odds, and the number of pictures."""
-    weight = np.where(labels == 1, 0.5 / max(labels.sum(), 1), 0.5 / max((labels == 0).sum(), 1))
-    bin_of = np.minimum((scores * BINS).astype(np.int64), BINS - 1)
+    weight, place = m.in_bins(labels, scores, BINS)
     rows = []
-    for k in np.unique(bin_of):
-        in_bin = bin_of == k
+    for k in np.unique(place):
+        in_bin = place == k
         weights = weight[in_bin]
         rows.append(
             {

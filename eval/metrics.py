@@ -12,26 +12,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import average_precision_score, log_loss, roc_curve
 
-from eval.stats import Floats, Labels
+from eval.stats import Floats, Labels, both_classes
 from x2dfd.files import Json
 
 # A wrong probability of exactly 0 or 1 would cost infinitely much; this bounds the cost at 13.8 nats.
 _EPS = 1e-6
 
 
-def _has_both_classes(labels: Labels) -> bool:
-    return bool(np.any(labels == 1) and np.any(labels == 0))
-
-
 def average_precision(labels: Labels, scores: Floats) -> float | None:
     """Average precision with fake as the positive class, no interpolation."""
-    return float(average_precision_score(labels, scores)) if _has_both_classes(labels) else None
+    return float(average_precision_score(labels, scores)) if both_classes(labels) else None
 
 
 def eer(labels: Labels, scores: Floats) -> float | None:
     """Equal error rate: the mean of FPR and FNR at the ROC point where they are nearest to each other. (DeepfakeBench
     gives that point's FPR alone, which calls a scorer with constant output perfect.)"""
-    if not _has_both_classes(labels):
+    if not both_classes(labels):
         return None
     fpr, tpr, _ = roc_curve(labels, scores)
     nearest = np.argmin(np.abs((1 - tpr) - fpr))
@@ -40,7 +36,7 @@ def eer(labels: Labels, scores: Floats) -> float | None:
 
 def tpr_at_fpr(labels: Labels, scores: Floats, fpr: float) -> float | None:
     """The largest share of fakes found by a threshold that calls at most the share `fpr` of reals fake."""
-    if not _has_both_classes(labels):
+    if not both_classes(labels):
         return None
     false, true, _ = roc_curve(labels, scores, drop_intermediate=False)
     return float(true[false <= fpr].max())
@@ -70,20 +66,25 @@ def nll(labels: Labels, scores: Floats) -> float | None:
     return float(log_loss(labels, np.clip(scores, _EPS, 1 - _EPS), labels=[0, 1])) if len(labels) else None
 
 
-def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
-    """Expected calibration error of P(fake), bins of equal width, with reals and fakes weighing a half each: the
-    probability assumes even odds, so the share of fakes in a manifest must not count."""
-    if not _has_both_classes(labels):
-        return None
+def in_bins(labels: Labels, scores: Floats, bins: int) -> tuple[Floats, Labels]:
+    """Each sample's weight [n] and its bin of equal width [n]. Reals and fakes weigh a half each: P(fake) assumes even
+    odds, so the share of fakes in a manifest must not count."""
     weight = np.where(labels == 1, 0.5 / labels.sum(), 0.5 / (labels == 0).sum())
-    place = np.minimum((scores * bins).astype(np.int64), bins - 1)
+    return weight, np.minimum((scores * bins).astype(np.int64), bins - 1)
+
+
+def ece(labels: Labels, scores: Floats, bins: int = 15) -> float | None:
+    """Expected calibration error of P(fake), over `in_bins`."""
+    if not both_classes(labels):
+        return None
+    weight, place = in_bins(labels, scores, bins)
     return float(np.abs(np.bincount(place, weights=weight * (labels - scores), minlength=bins)).sum())
 
 
 def cllr(labels: Labels, scores: Floats) -> float | None:
     """Log-likelihood-ratio cost in bits (Bruemmer & du Preez 2006): 0 is perfect, 1 says nothing. Scores are read as
     posteriors under even odds, and kept 1e-6 away from 0 and 1."""
-    if not _has_both_classes(labels):
+    if not both_classes(labels):
         return None
     p = np.clip(scores, _EPS, 1 - _EPS)
     log_ratio = np.log(p / (1 - p))

@@ -17,18 +17,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from x2dfd.adapter import EMBEDDED
+import x2dfd
+from x2dfd import prompts
+from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
+from x2dfd.calibration import MLLM, Calibration, Logistic
+from x2dfd.detector import Detector
 from x2dfd.errors import X2DFDError
+from x2dfd.experts import load_expert
+from x2dfd.loading import crops_through
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.types import KINDS, Evidence, ModelInfo
-
-if TYPE_CHECKING:
-    from x2dfd.detector import Detector
 
 BASELINES = ("majority", "template")
 FUSION = "fusion"
@@ -113,8 +116,6 @@ def check(choice: Choice) -> None:
 
 def open_model(choice: Choice) -> Opened:
     """Opens a model. Raises X2DFDError (SetupError, UnknownName) if it cannot be opened."""
-    import x2dfd
-
     check(choice)
     spec = choice.spec
     if choice.model in BASELINES:
@@ -172,12 +173,6 @@ def experts_alone(name: str | None) -> Detector:
     The MLLM counts as its mean, as every missing score does in the calibration. A single expert decides by its own
     score without a threshold: only its score is measured, not its verdict.
     """
-    from x2dfd.adapter import expert_hashes, read_adapter_card
-    from x2dfd.calibration import MLLM, Calibration, Logistic
-    from x2dfd.detector import Detector
-    from x2dfd.experts import load_expert
-    from x2dfd.loading import crops_through
-
     if name is None:
         card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
         expected = expert_hashes(card, calibration)
@@ -224,9 +219,6 @@ def tool_results(question: str, evidence: Sequence[Evidence]) -> str:
 
 def with_tools(detector: Detector) -> Detector:
     """The same parts, with `tool_results` in the question instead of the sentence that X2-DFD trains with."""
-    from x2dfd import prompts
-    from x2dfd.detector import Detector
-
     info = replace(detector.info, asked_with=TOOL_RESULTS)
     question = partial(tool_results, prompts.QUESTION)
     return Detector(detector.mllm, detector.experts, detector.calibration, info, detector.mode, question=question)

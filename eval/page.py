@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from eval.tables import Table, percent
+from eval.tables import Result, Table, percent
 from x2dfd.files import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-Result = Json
 
 TEMPLATE = Path(__file__).with_name("result.html.jinja")
 NO_PLOTS = "No curves: matplotlib is not installed (pip install -e '.[bench]')."

@@ -121,23 +121,11 @@ class Compat:
 CORRECT = Compat()
 
 
-def pool_clips(
-    samples: Sequence[Sample], labels: Labels, scores: Floats, compat: Compat = CORRECT
-) -> tuple[list[str], Labels, Floats]:
-    """Mean score of each clip: names, labels [clips] and scores [clips], sorted by name.
-
-    A clip is `Sample.video` (a frame without one stands alone). With `compat.clips` it is the name of the frame's
-    folder, whatever lies above it, and the label of a mixed group is int(mean), which is real. Raises ValueError when
-    one clip has both labels otherwise.
-    """
-    ids = [s.path.parent.name if compat.clips else (s.video or s.id) for s in samples]
-    names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
-    count = np.bincount(place, minlength=len(names))
-    share = np.bincount(place, weights=labels, minlength=len(names)) / count
-    mixed = (share > 0) & (share < 1)
-    if mixed.any() and not compat.clips:
-        raise ValueError(f"real and fake frames under one clip: {names[mixed][0]}")
-    pooled = np.bincount(place, weights=scores, minlength=len(names)) / count
+def pool_clips(samples: Sequence[Sample], labels: Labels, scores: Floats) -> tuple[list[str], Labels, Floats]:
+    """The clips of `Compat.clips`, sorted by name: their names, labels [clips] and mean scores [clips]. The label of a
+    mixed clip is int(mean), which is real. The right way is `eval.metrics.pool_by`."""
+    names, place = np.unique(np.asarray([s.path.parent.name for s in samples], dtype=str), return_inverse=True)
+    share, pooled = (np.bincount(place, w, len(names)) / np.bincount(place) for w in (labels, scores))
     return names.tolist(), share.astype(np.int64), pooled
 
 
@@ -207,7 +195,7 @@ def _test_set(read: Read, protocol: Protocol, name: str, allow_missing: bool) ->
     # No split is made here, so people may appear in several clips; frames of a clip stay together.
     samples = finish(read, split="test", group=Group.clip, allow_missing=allow_missing)
     samples = [replace(s, extra=s.extra | {"protocol": protocol.name, "set": name}) for s in samples]
-    clips = {label: len({s.video for s in samples if s.video and s.label == label}) for label in ("real", "fake")}
+    clips = _clips(samples)
     notes = list(read.notes)
     at = protocol.sets.index(name) if name in protocol.sets else 0
     if at < len(protocol.clips) and tuple(clips.values()) != protocol.clips[at]:
@@ -219,13 +207,20 @@ def _test_set(read: Read, protocol: Protocol, name: str, allow_missing: bool) ->
     return samples, notes
 
 
-def write_sets(protocol: str, sets: Mapping[str, tuple[list[Sample], list[str]]], out: Path, compat: Compat) -> Path:
+def _clips(samples: Sequence[Sample]) -> dict[str, int]:
+    """The number of clips by label."""
+    return {label: len({s.video for s in samples if s.video and s.label == label}) for label in ("real", "fake")}
+
+
+def write_sets(
+    protocol: Protocol, sets: Mapping[str, tuple[list[Sample], list[str]]], out: Path, compat: Compat
+) -> Path:
     """Writes a manifest for each set, and `protocol.json` with their counts and hashes, whose path it returns."""
     card: Json = {
-        "protocol": protocol,
-        "version": PROTOCOLS[protocol].version,
-        "line": PROTOCOLS[protocol].line,
-        "may_be_trained_on": PROTOCOLS[protocol].train,
+        "protocol": protocol.name,
+        "version": protocol.version,
+        "line": protocol.line,
+        "may_be_trained_on": protocol.train,
         "compat": [name for name in Compat.__dataclass_fields__ if getattr(compat, name)],
         "sets": {},
     }
@@ -236,9 +231,7 @@ def write_sets(protocol: str, sets: Mapping[str, tuple[list[Sample], list[str]]]
             "manifest": manifest.name,
             "sha256": manifest_sha256(manifest),
             "frames": {label: sum(s.label == label for s in samples) for label in ("real", "fake")},
-            "clips": {
-                label: len({s.video for s in samples if s.video and s.label == label}) for label in ("real", "fake")
-            },
+            "clips": _clips(samples),
             "notes": notes,
         }
     write_text(out / "protocol.json", json.dumps(card, indent=1) + "\n")
@@ -383,7 +376,7 @@ def write(
         read = readers[name]()
         read.samples = sampled(read.samples, frames, quirks)
         test_sets = {name: _test_set(read, protocol, name, allow_missing)}
-    print(write_sets(name, test_sets, out, quirks))
+    print(write_sets(protocol, test_sets, out, quirks))
     for key, (samples, notes) in test_sets.items():
         print(f"{key}: {len(samples)} frames", *(f"  {note}" for note in notes), sep="\n")
 

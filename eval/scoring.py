@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from eval import metrics as m
 from eval import stats
@@ -24,6 +25,7 @@ Part = Json
 """A part of a result file: names to numbers, texts, `Measured` figures and further parts. JSON when it is written."""
 Column = Sequence[float | None]
 """A scorer's P(fake) of each sample, None where it has none."""
+Judged = tuple[Sample, SampleRow]
 
 MIN_REALS = 10  # with fewer reals of its own, a slice is compared with all reals
 FOLDS = 5  # of the groups, where something is chosen on the other folds
@@ -32,8 +34,6 @@ LONGEST_SIDE, JPEG_QUALITY = 1024, 90  # what every image goes through with --eq
 
 def equalise(pixels: NDArray[np.uint8]) -> bytes:
     """The picture in a common form, longest side at most 1024, JPEG quality 90, so that its format reveals nothing."""
-    from PIL import Image
-
     image = Image.fromarray(pixels)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -49,8 +49,6 @@ def equalised(path: Path) -> bytes:
 def changed(path: Path, change: Change, sample_id: str, *, equal: bool) -> bytes:
     """The file's picture under a change, as PNG. With `equal` it is equalised first, as in task `experts`. Raises
     InputError."""
-    from PIL import Image
-
     pixels = load_picture(equalised(path) if equal else path).pixels
     stream = io.BytesIO()
     Image.fromarray(change(pixels, sample_id)).save(stream, "PNG", compress_level=1)
@@ -149,15 +147,21 @@ def train_apart(all_samples: Sequence[Sample], samples: Sequence[Sample]) -> lis
     return [] if any(s.id in judged_ids for s in train) else train
 
 
+def share(pairs: Sequence[Judged], hit: Callable[[Sample, SampleRow], bool]) -> Measured:
+    """The share of the judged samples that are hits."""
+    return stats.rate([hit(s, row) for s, row in pairs], [s.group for s, _ in pairs])
+
+
+def called_fake(_: Sample, row: SampleRow) -> bool:
+    """A hit, for `share`."""
+    return row.said == "fake"
+
+
 def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """The three answers over all pictures that could be opened; one without a face counts as not answered. AUC, ECE and
     accuracy are of the answered pictures alone."""
     pairs = [(s, row) for s, row in zip(samples, rows, strict=True) if row.said]
     answered = [(s, row) for s, row in pairs if row.said != "inconclusive"]
-
-    def rate(chosen: Sequence[tuple[Sample, SampleRow]], hits: Sequence[bool]) -> Measured:
-        return stats.rate(hits, [s.group for s, _ in chosen])
-
     reals, fakes = ([p for p in pairs if p[0].label == label] for label in ("real", "fake"))
     scored = Scored.of([s for s, _ in answered], [row.p_fake for _, row in answered])
     reasons = Counter(row.reason or "no reason" for _, row in pairs if row.said == "inconclusive")
@@ -165,25 +169,24 @@ def three_answers(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     return {
         "n": len(pairs),
         "n_answered": len(answered),
-        "coverage": rate(pairs, [row.said != "inconclusive" for _, row in pairs]),
-        "accuracy": rate(answered, [row.said == s.label for s, row in answered]),
+        "coverage": share(pairs, lambda _, row: row.said != "inconclusive"),
+        "accuracy": share(answered, lambda s, row: row.said == s.label),
         "balanced_accuracy": m.balanced_accuracy(m.to_labels(s.label for s, _ in answered), predictions),
         "auc": scored.auc(),
         "ece": m.ece(scored.labels, scored.scores),
-        "false_alarms": rate(reals, [row.said == "fake" for _, row in reals]),
-        "misses": rate(fakes, [row.said == "real" for _, row in fakes]),
+        "false_alarms": share(reals, called_fake),
+        "misses": share(fakes, lambda _, row: row.said == "real"),
         "inconclusive": dict(sorted(reasons.items())),
     }
 
 
 def false_alarms_by(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> dict[str, Measured]:
     """For each value of a column, the share of its reals that were called fake. One without a face counts as not."""
-    reals = [(value_of(s, column), s, row) for s, row in zip(samples, rows, strict=True) if s.label == "real"]
-    table = {}
-    for value in sorted({v for v, _, row in reals if row.said} - {""}):
-        hits = [(s.group, row.said == "fake") for v, s, row in reals if v == value and row.said]
-        table[value] = stats.rate([hit for _, hit in hits], [group for group, _ in hits])
-    return table
+    reals: dict[str, list[Judged]] = defaultdict(list)
+    for s, row in zip(samples, rows, strict=True):
+        if s.label == "real" and row.said:
+            reals[value_of(s, column)].append((s, row))
+    return {value: share(reals[value], called_fake) for value in sorted(reals) if value}
 
 
 def common_auc(samples: Sequence[Sample], columns: Mapping[str, Column]) -> Part:

@@ -56,9 +56,14 @@ class Measured:
         return cls(part["value"], bounds, part.get("n", 0), part.get("groups", 0), part.get("note", ""))
 
 
+def both_classes(labels: Labels) -> bool:
+    """Whether there are reals and fakes."""
+    return bool(0 < labels.sum() < len(labels))
+
+
 def auc(labels: Labels, scores: Floats) -> float | None:
     """Area under the ROC curve; ties count half. None where a class is missing."""
-    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None
+    return float(roc_auc_score(labels, scores)) if both_classes(labels) else None
 
 
 def placed(groups: Sequence[str]) -> Labels:

@@ -145,8 +145,8 @@ def judged(
 def judge_of(run: Run, model: models.Opened, *, rationale: bool, change: Change | None = None) -> Judge:
     """`judged` with the options of a run, for `eval.rows.score`."""
     options = run.options
-    arguments = {"equalise": options.equalise, "batch_size": options.batch_size, "change": change}
-    return partial(judged, model, rationale=rationale, **arguments)  # type: ignore[arg-type]
+    judge = partial(judged, model, equalise=options.equalise, batch_size=options.batch_size)
+    return partial(judge, rationale=rationale, change=change)
 
 
 def to_row(sample: Sample, answer: Report | Failure) -> SampleRow:

@@ -153,9 +153,7 @@ def _similarity(references: References, candidates: Sequence[str], encoder: Path
 
     vectors = embed(candidates)
     reference_vectors = embed([t for r in references for t in r])
-    best, at = [], 0
-    for i, r in enumerate(references):
-        best.append(float((reference_vectors[at : at + len(r)] @ vectors[i]).max()))
-        at += len(r)
+    of_each = reference_vectors.split([len(r) for r in references])
+    best = [float((own @ vector).max()) for own, vector in zip(of_each, vectors, strict=True)]
     by = f"cosine of mean-pooled states of {encoder.name}, model.safetensors {file_sha256(weights)[:12]}"
     return [float(np.mean(best))], by

@@ -17,7 +17,7 @@ import typer
 from sklearn.isotonic import IsotonicRegression
 
 from eval import metrics as m
-from eval.stats import Floats, Labels
+from eval.stats import Floats, Labels, both_classes
 from x2dfd.adapter import EMBEDDED
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
@@ -51,7 +51,7 @@ def steps(
     while len(ratios) < draws:
         count = rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[place]
         chosen = np.repeat(np.arange(len(scores)), count)
-        if 0 < labels[chosen].sum() < len(chosen):
+        if both_classes(labels[chosen]):
             ratios.append(log_ratios(scores[chosen], labels[chosen], ordered[first]))
     low, high = np.percentile(ratios, [2.5, 97.5], axis=0)
     begin = [0.0, *((ordered[i - 1] + ordered[i]) / 2 for i in first[1:])]
@@ -82,7 +82,7 @@ def _summary(run: Path, remark: str, result: Json, rows: Sequence[Json]) -> Vali
     groups = [{row["group"] for row, value in zip(scored, labels, strict=True) if value == label} for label in (0, 1)]
     if min(map(len, groups)) < MIN_GROUPS:
         raise X2DFDError(f"{run}: fewer than {MIN_GROUPS} groups of real or of fake pictures", code="too_few_groups")
-    if result["scorers"]["calibrated"].get("promise", {}).get("seen"):
+    if scorer.get("promise", {}).get("seen"):
         raise X2DFDError(
             f"{run}: its pictures are those that the calibration was fitted on", code="pictures_of_the_fit"
         )

@@ -209,13 +209,13 @@ def _is_expression(text: str) -> bool:
 
 def zero_stage(config: FinetuneConfig) -> int:
     """The ZeRO stage of DeepSpeed's JSON, 0 without one. Raises X2DFDError when it cannot be read."""
-    if config.deepspeed is None:
-        return 0
-    return int(zero_settings(config.deepspeed).get("stage", 0))
+    return int(zero_settings(config).get("stage", 0))
 
 
-def zero_settings(path: str) -> Json:
-    """The ZeRO settings in DeepSpeed's JSON, whatever the file's name is. Raises X2DFDError if it cannot be read."""
+def zero_settings(config: FinetuneConfig) -> Json:
+    """The ZeRO settings of DeepSpeed's JSON, none without one. Raises X2DFDError when it cannot be read."""
+    if (path := config.deepspeed) is None:
+        return {}
     try:
         settings: Json = parse_json(Path(path).read_bytes()).get("zero_optimization", {})
         int(settings.get("stage", 0))

@@ -11,9 +11,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from finetune.config import LANGUAGE_LINEARS
 from finetune.published import PROJECTOR, read_trained
@@ -23,12 +25,9 @@ from x2dfd.checkpoints import base_identity, crop_size_of, load_processor
 from x2dfd.errors import SetupError
 from x2dfd.experts import load_expert
 from x2dfd.faces import preprocessing
-from x2dfd.files import Json, file_sha256, parse_json, write_text
+from x2dfd.files import Json, atomic_write, file_sha256, parse_json, write_text
 from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 OTHERS = PROJECTOR[0]
 SETTINGS = "adapter_config.json"
@@ -38,6 +37,9 @@ NAMES = (
     ("base_model.model.model.mm_projector.2.", "base_model.model.model.multi_modal_projector.linear_2."),
 )
 """How tensors begin in LLaVA's layout and in the hub's."""
+
+PLACE, LINEARS = LANGUAGE_LINEARS.rsplit("(", 1)[0], LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
+"""Where the language model's linear layers are, as a regular expression, and their names."""
 
 NEWER = (
     "corda_config", "eva_config", "exclude_modules", "target_parameters", "trainable_token_indices", "lora_bias",
@@ -68,21 +70,18 @@ def hub_settings(settings: Json, base: str) -> Json:
     used = [k for k, value in newer.items() if value]
     if used:
         raise SetupError(f"{SETTINGS}: converting would lose {', '.join(used)}", code="setting_unsupported")
-    linears = LANGUAGE_LINEARS.rsplit("(", 1)[1].rstrip(")").split("|")
     targets = settings["target_modules"]
-    unsupported = sorted(set(targets) - set(linears)) if isinstance(targets, list) else [targets]
+    unsupported = sorted(set(targets) - set(LINEARS)) if isinstance(targets, list) else [targets]
     if unsupported:
         raise SetupError(
             f"{SETTINGS}: not linear layers of the language model: {', '.join(unsupported)}", code="targets_unsupported"
         )
+    return _settings_of(settings, base, f"{PLACE}({'|'.join(sorted(targets))})", ["multi_modal_projector"])
+
+
+def _settings_of(settings: Json, base: str, targets: object, whole: list[str] | None) -> Json:
     older = {k: v for k, v in settings.items() if k not in NEWER}
-    expression = LANGUAGE_LINEARS.rsplit("(", 1)[0] + f"({'|'.join(sorted(targets))})"
-    return {
-        **older,
-        "base_model_name_or_path": base,
-        "target_modules": expression,
-        "modules_to_save": ["multi_modal_projector"],
-    }
+    return older | {"base_model_name_or_path": base, "target_modules": targets, "modules_to_save": whole}
 
 
 def check_complete(
@@ -118,25 +117,16 @@ def check_complete(
 def llava_settings(settings: Json, base: str) -> Json:
     """PEFT's settings for LLaVA's own code. Raises SetupError for targets that `hub_settings` would not write."""
     start, sign, words = str(settings["target_modules"]).rpartition("(")
-    if start != LANGUAGE_LINEARS.rsplit("(", 1)[0] or not sign:
+    if start != PLACE or not sign:
         raise SetupError(
             f"{SETTINGS}: targets {settings['target_modules']!r} have no counterpart in LLaVA's layout",
             code="targets_without_counterpart",
         )
-    older = {k: v for k, v in settings.items() if k not in NEWER}
-    return {
-        **older,
-        "base_model_name_or_path": base,
-        "target_modules": words.rstrip(")").split("|"),
-        "modules_to_save": None,
-    }
+    return _settings_of(settings, base, words.rstrip(")").split("|"), None)
 
 
 def check_shapes(state: Mapping[str, Tensor], config: PretrainedConfig, where: Path) -> None:
     """Refuse tensors in the hub's layout whose shapes do not fit the base. Raises SetupError."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
     with torch.device("meta"):
         base = AutoModelForImageTextToText.from_config(config)
     shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
@@ -167,8 +157,6 @@ def to_hub(
     `x2dfd.prompts.CHAT_TEMPLATES`; `experts`: those whose scores its prompt states, in that order, with the weights
     found here; `aliases`: names of experts in the prompt. `out` must hold no adapter yet. Raises SetupError.
     """
-    from transformers import AutoConfig
-
     settings = _settings(source)
     state, others = read_trained(source)
     try:
@@ -215,9 +203,6 @@ def to_hub(
 def to_llava(source: Path, out: Path, *, base: str) -> None:
     """Convert an adapter directory for LLaVA's own code, which loads its base by the name `base`
     (liuhaotian/llava-v1.5-7b). `out` must not hold an adapter yet. Raises SetupError with the reason."""
-    import torch
-    from safetensors.torch import load_file
-
     settings = _settings(source)
     try:
         state = renamed(load_file(source / WEIGHTS), False)
@@ -242,11 +227,8 @@ def _settings(source: Path) -> Json:
 
 
 def _write(out: Path, state: dict[str, Tensor], settings: Json) -> None:
-    from safetensors.torch import save_file
-
     if (out / WEIGHTS).exists():
         raise SetupError(f"{out} holds an adapter already; choose another folder", code="folder_taken")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(state, out / f".{WEIGHTS}", {"format": "pt"})
     write_text(out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-    (out / f".{WEIGHTS}").replace(out / WEIGHTS)
+    with atomic_write(out / WEIGHTS) as temporary:
+        save_file(state, temporary, {"format": "pt"})

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -240,8 +241,6 @@ def cache_tower(
 ) -> TowerFeatures:
     """The outputs of a LLaVA's own frozen tower for the augmented views, computed once and stored in 16 bits. Another
     `key` (base, layers, manifest) starts over; an interrupted run resumes."""
-    from PIL import Image
-
     layers = feature_layers(model)
     made_by = {"seed": seed, **VIEWS}
     key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}

@@ -24,7 +24,19 @@ from typing import Annotated, Any, cast
 import numpy as np
 import torch
 import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from finetune.config import FinetuneConfig
 from finetune.data import IGNORE
@@ -46,8 +58,6 @@ VERDICTS = 16  # faces in one batch
 
 def geometry(tiny: bool) -> Any:
     """LLaVA-1.5-7B's configuration: LlavaConfig's default with the hub checkpoint's vocabulary; or a toy's."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
-
     if not tiny:
         return LlavaConfig(text_config=LlamaConfig(vocab_size=32064))
     vision = CLIPVisionConfig(
@@ -61,9 +71,6 @@ def geometry(tiny: bool) -> Any:
 
 def words_processor(config: Any) -> Any:
     """A processor with one token per word, whose prompts are about as long as those of a real tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
-
     texts = " ".join([prompts.CHAT_TEMPLATES["train_consistent"], prompts.QUESTION, *QUESTIONS, prompts.STEM])
     words = re.findall(
         r"\w+|[^\w\s]+", " ".join([texts, *prompts.LABEL_WORDS, *prompts.YES_NO_WORDS, "USER ASSISTANT : ?"])
@@ -90,8 +97,6 @@ def words_processor(config: Any) -> Any:
 
 def build(config: Any, device: torch.device, dtype: torch.dtype, four_bits: bool) -> Any:
     """The model with random weights; with `four_bits`, the language model's linear layers in NF4."""
-    from transformers import AutoModelForImageTextToText
-
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=dtype)
@@ -175,9 +180,6 @@ def measure_training(
 
 def profile(step: Callable[[], None], device: torch.device) -> Json:
     """A profile of one step: its time, the time in which the device computes, and the slowest kernels or operations."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
     cuda = device.type == "cuda"
     start = time.perf_counter()
     with profiler(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from finetune.config import FinetuneConfig, check_config, zero_settings, zero_stage
 from finetune.models import part_name, resolved, tune
@@ -48,8 +49,6 @@ class Shape:
 
 def shape(config: FinetuneConfig) -> Shape:
     """The model's shape, from its configuration file alone. Raises SetupError when there is none."""
-    from transformers import AutoConfig
-
     try:
         settings: Any = AutoConfig.from_pretrained(require("base") if config.base is None else config.base)
     except (OSError, ValueError) as error:
@@ -62,8 +61,6 @@ def shape(config: FinetuneConfig) -> Shape:
 
 def shape_of(settings: Any, config: FinetuneConfig) -> Shape:
     """The shape of a model of the given transformers configuration, trained as `config` says."""
-    from transformers import AutoModelForImageTextToText
-
     text = settings.get_text_config()
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(settings)
@@ -85,8 +82,7 @@ def predict(
     config: FinetuneConfig, found: Shape, gpus: int, tokens: int = TOKENS, answers: float = ANSWERS
 ) -> dict[str, float]:
     """Bytes on each GPU by what they are for; `total` is their sum. `tokens`: of one row; `answers`: their share."""
-    stage = zero_stage(config)
-    offloaded = zero_settings(config.deepspeed) if config.deepspeed else {}
+    stage, offloaded = zero_stage(config), zero_settings(config)
     width = 4 if config.base_dtype in ("float32", "auto") else 2
     four = found.linears if config.method == "qlora" else 0
     weights = (found.total - four) * width + four * 0.516  # NF4 with its scales quantised once more

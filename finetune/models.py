@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from finetune.config import TARGETS, TOWER_LINEARS, FinetuneConfig
 from x2dfd import prompts
@@ -194,8 +195,6 @@ class CachedTower(nn.Module):
         self.layers, self.class_token = layers, class_token
 
     def forward(self, pixel_values: Tensor, **_: object) -> object:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         # A class-token row in front, which LLaVA's "default" strategy drops again.
         states = {
             layer: F.pad(pixel_values[:, k], (0, 0, int(self.class_token), 0)) for k, layer in enumerate(self.layers)

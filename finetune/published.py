@@ -15,6 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from x2dfd.adapter import PEFT_PREFIX, WEIGHTS
@@ -51,10 +54,6 @@ def _with_prefix(name: str) -> str:
 
 
 def _tensors(path: Path) -> State:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
@@ -84,7 +83,6 @@ def _zero_weights(folder: Path) -> State:
 @contextmanager
 def _safe_load() -> Iterator[None]:
     """Let torch.load read nothing but tensors, plain values and DeepSpeed's own types, whatever DeepSpeed asks for."""
-    import torch
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

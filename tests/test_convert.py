@@ -7,7 +7,6 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ from x2dfd import prompts
 from x2dfd.adapter import WEIGHTS, probe_logits, read_adapter_card
 from x2dfd.checkpoints import load_processor
 from x2dfd.errors import SetupError
-from x2dfd.experts import BUILTIN, Shared, aliased
+from x2dfd.experts import BUILTIN, aliased
 from x2dfd.mllm import LocalMLLM
-from x2dfd.types import Evidence, Face, Report
+from x2dfd.types import Report
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 INERT = {"lora_bias": False, "use_qalora": False, "qalora_group_size": 16}
@@ -239,21 +238,12 @@ def test_a_zero_checkpoint_is_gathered_without_running_what_it_holds(
     assert not (tmp_path / "trapped").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
-class Darkness(tiny.Brightness):
-    """A second expert."""
-
-    card = replace(tiny.Brightness.card, name="darkness")
-
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        return [Evidence("darkness", 1 - float(f.crop.mean()) / 255) for f in faces]
-
-
 def test_a_published_adapter_is_asked_as_it_was_trained(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, face_photo: Path
 ) -> None:
     """It was trained on "the blending score" and knows no "swinv2-blending"; a report names the experts themselves."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-    monkeypatch.setitem(BUILTIN, "darkness", "tests.test_convert:Darkness")
+    monkeypatch.setitem(BUILTIN, "darkness", "tests.tiny:Darkness")
     out = tmp_path / "hub"
     asked_with = ["--base", str(base), "--experts", f"blending={tiny.EXPERT},diffusion=darkness"]
     done = CliRunner().invoke(app, ["convert", str(adapter), str(out), *asked_with])

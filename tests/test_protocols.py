@@ -43,9 +43,9 @@ def test_equal_folder_names_merge_under_compat_and_only_there(df40: list[Sample]
     gaps = []
     for seed in range(10):
         scores = np.random.default_rng(seed).normal(labels * 2.0, 1.0)
-        names, clip_labels, clip_scores = pool_clips(df40, labels, scores)
+        names, clip_labels, clip_scores = metrics.pool_by([s.video or s.id for s in df40], labels, scores)
         assert (len(names), int(clip_labels.sum())) == (REALS + FAKES, FAKES) == (1066, 888)
-        stock_names, stock_labels, stock_scores = pool_clips(df40, labels, scores, Compat(clips=True))
+        stock_names, stock_labels, stock_scores = pool_clips(df40, labels, scores)
         assert (len(stock_names), int(stock_labels.sum())) == (888, 710)
         right, stock = stats.auc(clip_labels, clip_scores), stats.auc(stock_labels, stock_scores)
         assert right is not None and stock is not None
@@ -58,11 +58,9 @@ def test_equal_folder_names_merge_under_compat_and_only_there(df40: list[Sample]
         for i in range(3)
     ]
     labels, scores = np.ones(12, np.int64), np.arange(12.0)
-    assert len(pool_clips(samples, labels, scores)[0]) == 4
-    names, _, pooled = pool_clips(samples, labels, scores, Compat(clips=True))
+    assert len({s.video for s in samples}) == 4
+    names, _, pooled = pool_clips(samples, labels, scores)
     assert (names, pooled.tolist()) == (["000_003"], [5.5])
-    with pytest.raises(ValueError, match="under one clip"):
-        pool_clips(samples, np.array([0] + [1] * 11), scores)
 
 
 def test_frames_are_spread_and_first_only_under_compat() -> None:

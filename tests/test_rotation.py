@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +13,11 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd.calibration import Calibration, Logistic
 from x2dfd.crops import CropSet
-from x2dfd.experts import Shared
 from x2dfd.manifest import Sample
 from x2dfd.run_calibrate import HeldOut
-from x2dfd.types import Evidence, Face
 
 RULE = Logistic({tiny.EXPERT: 1.0}, {tiny.EXPERT: 0.0}, -0.7)
 CALIBRATION = Calibration({"whole": RULE, "part": RULE}, 0.3, 0.7)
-
-
-class Darkness(tiny.Brightness):
-    """The opposite of what brightness says."""
-
-    card = replace(tiny.Brightness.card, name="darkness")
-
-    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
-        return [Evidence("darkness", 1 - (e.score or 0.0)) for e in super().judge(faces, shared)]
 
 
 def picture(id: str, label: str, source: str, method: str = "", df_class: str = "", split: str = "train") -> Sample:
@@ -73,7 +60,7 @@ def test_what_a_tower_never_met_is_set_against_the_photos_it_never_met() -> None
     page = tables.table("rotation", {"rotation": {"task": {"name": "rotation"}, "towers": [part]}})
     assert "| generator sdxl | 0.667‡ | 0.667‡ |" in page and "without new, sdxl" in page
     assert set(found["generator sdxl"]["auc"]) == {"never met", "met", "sharpness", "among known photos"}
-    dark = Darkness()
+    dark = tiny.Darkness()
     both = HeldOut({tiny.EXPERT: expert, "darkness": dark}, frozenset({"new", "sdxl"}))
     alone = rotation.measured(rotation.rows_of(both, [expert, dark], CALIBRATION, [crops_of(bright)], 60))
     auc = alone["generator sdxl"]["auc"]

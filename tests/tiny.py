@@ -49,6 +49,15 @@ class Brightness:
         return [Evidence(EXPERT, float(f.crop.mean()) / 255) for f in faces]
 
 
+class Darkness(Brightness):
+    """A second expert: the opposite of what brightness says."""
+
+    card = replace(Brightness.card, name="darkness")
+
+    def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
+        return [Evidence("darkness", 1 - float(f.crop.mean()) / 255) for f in faces]
+
+
 def processor_of_base() -> Any:
     """The embedded base's own processor."""
     from transformers import LlavaProcessor

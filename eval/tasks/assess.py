@@ -10,12 +10,11 @@ from eval.task import Outcome, Run, Task
 from eval.tasks.words import need_texts
 from x2dfd.assessment import BANK, Finding, assess, chosen_pictures, read_questions
 from x2dfd.crops import load_crops
+from x2dfd.detector import versions
 
 
 def run(run: Run) -> Outcome:
     """The ranking; its files go into the folder of the result."""
-    from x2dfd.detector import versions
-
     options, model = run.options, run.open()
     need_texts(model, options.task)
     crops = load_crops(run.manifest, workers=min(4, os.cpu_count() or 1), side=model.detector.info.crop_size)

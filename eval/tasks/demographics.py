@@ -15,7 +15,7 @@ import numpy as np
 
 from eval import stats
 from eval.rows import SampleRow, score
-from eval.scoring import Part, equalised, unscored, value_of
+from eval.scoring import Judged, Part, called_fake, equalised, share, unscored, value_of
 from eval.task import DECIDING, Outcome, Run, Task, judge_of
 from x2dfd.errors import InputError
 from x2dfd.faces import area_polygons, find_faces
@@ -60,13 +60,14 @@ def run(run: Run) -> Outcome:
 
 def demographics_result(samples: Sequence[Sample], rows: Sequence[SampleRow], tones: Sequence[str]) -> Part:
     """The rates over all photos that could be opened; one without a face counts as no false alarm."""
+    judged = list(zip(samples, rows, strict=True))
     opened = [i for i, row in enumerate(rows) if row.said]
     columns = {"tone": list(tones)} | {c: [value_of(s, c) for s in samples] for c in ("sex", "age", "source")}
-    table = {name: _by(samples, rows, opened, values) for name, values in columns.items() if any(values)}
+    table = {name: _by(judged, opened, values) for name, values in columns.items() if any(values)}
     sources = sorted({samples[i].source for i in opened if samples[i].source})
-    within = {s: _by(samples, rows, [i for i in opened if samples[i].source == s], tones) for s in sources}
+    within = {s: _by(judged, [i for i in opened if samples[i].source == s], tones) for s in sources}
     return {
-        "headline": {"false_alarms": _rate(samples, rows, opened)},
+        "headline": {"false_alarms": share([judged[i] for i in opened], called_fake)},
         "by": table,
         "not_recorded": [name for name, values in columns.items() if not any(values)],
         "tone_within_source": within,
@@ -74,20 +75,14 @@ def demographics_result(samples: Sequence[Sample], rows: Sequence[SampleRow], to
     }
 
 
-def _by(samples: Sequence[Sample], rows: Sequence[SampleRow], at: Sequence[int], values: Sequence[str]) -> Part:
+def _by(judged: Sequence[Judged], at: Sequence[int], values: Sequence[str]) -> Part:
     """Each value's rate of false alarms, and how much higher it is than that of all other values together."""
     table: Part = {}
     for value in sorted({values[i] for i in at} - {""}):
-        inside = [i for i in at if values[i] == value]
-        outside = [i for i in at if values[i] not in ("", value)]
-        rate = _rate(samples, rows, inside)
-        gap = stats.rate_difference(rate, _rate(samples, rows, outside))
-        table[value] = {"false_alarms": rate, "above_the_others": gap}
+        rate = share([judged[i] for i in at if values[i] == value], called_fake)
+        others = share([judged[i] for i in at if values[i] not in ("", value)], called_fake)
+        table[value] = {"false_alarms": rate, "above_the_others": stats.rate_difference(rate, others)}
     return table
-
-
-def _rate(samples: Sequence[Sample], rows: Sequence[SampleRow], at: Sequence[int]) -> stats.Measured:
-    return stats.rate([rows[i].said == "fake" for i in at], [samples[i].group for i in at])
 
 
 TASK = Task(

@@ -10,10 +10,11 @@ from functools import partial
 
 import numpy as np
 
+from data_gen.writers import write_explanation
 from eval import metrics as m
 from eval import stats, texts
 from eval.rows import Origin, Pair, SampleRow, score
-from eval.scoring import Part, micro_f1, train_apart, unscored, value_of
+from eval.scoring import Part, micro_f1, share, train_apart, unscored, value_of
 from eval.stats import Measured
 from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task, judge_of
 from eval.tasks.detect import JUDGED
@@ -103,8 +104,6 @@ class Baselines:
 
 def references(sample: Sample) -> list[str]:
     """A sample's reference texts in the manifest, else texts that the grammar writes from its known cues."""
-    from data_gen.writers import write_explanation
-
     if given := texts.references_of(sample):
         return list(given)
     kind = "real" if sample.label == "real" else sample.df_class
@@ -192,13 +191,13 @@ def _agreement(samples: Sequence[Sample], predicted: CueSets, cues_are_known: bo
 
 def _texts(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """How many of the model's texts differ, contradict themselves, or name another label than the verdict."""
-    with_score = [(row, s.group) for row, s in zip(rows, samples, strict=True) if row.p_fake is not None]
-    labels = [(said_label(row.rationale), row.said, group) for row, group in with_score]
+    with_score = [(s, row) for s, row in zip(samples, rows, strict=True) if row.p_fake is not None]
+    labels = [(said_label(row.rationale), row.said, s.group) for s, row in with_score]
     conflicts = [(label != verdict, g) for label, verdict, g in labels if label and verdict != "inconclusive"]
     return {
         "unscored": unscored(rows, [row.p_fake for row in rows]),
-        "without_text": sum(not row.rationale for row, _ in with_score),
+        "without_text": sum(not row.rationale for _, row in with_score),
         "distinct_texts": m.distinct_share([row.rationale for row in rows if row.rationale]),
-        "contradictions": stats.rate([bool(row.contradictions) for row, _ in with_score], [g for _, g in with_score]),
+        "contradictions": share(with_score, lambda _, row: bool(row.contradictions)),
         "disagreement": stats.rate([hit for hit, _ in conflicts], [g for _, g in conflicts]),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from eval.scoring import (
     Column,
     Part,
     Scored,
+    called_fake,
     common_auc,
+    false_alarms_by,
     point_metrics,
+    share,
     slices,
     three_answers,
     train_apart,
@@ -136,20 +139,17 @@ def _promise(samples: Sequence[Sample], rows: Sequence[SampleRow], promised: Par
     """The rate of false alarms that the calibration allows, and this run's: over all reals, and of each source. `kept`
     is false if the whole interval lies above the allowed rate. `seen`: these are the calibration's pictures."""
     allowed = float(promised["false_alarms_allowed"])
-    reals = [(s, row.said == "fake") for s, row in zip(samples, rows, strict=True) if s.label == "real" and row.said]
+    reals = [(s, row) for s, row in zip(samples, rows, strict=True) if s.label == "real" and row.said]
 
-    def measured(chosen: Sequence[tuple[Sample, bool]]) -> Part:
-        rate = stats.rate([hit for _, hit in chosen], [s.group for s, _ in chosen])
-        low = rate.interval[0] if rate.interval else None
-        return rate.to_json() | {"kept": None if low is None else bool(low <= allowed)}
+    def with_kept(rate: Measured) -> Part:
+        return rate.to_json() | {"kept": rate.interval[0] <= allowed if rate.interval else None}
 
-    sources = sorted({s.source for s, _ in reals if s.source})
     return {
         "false_alarms_allowed": allowed,
         "promised_on": {k: promised.get(k) for k in ("split", "n_real", "groups")},
         "seen": bool(promised.get("seen")),
-        "measured": measured(reals),
-        "by_source": {source: measured([r for r in reals if r[0].source == source]) for source in sources},
+        "measured": with_kept(share(reals, called_fake)),
+        "by_source": {s: with_kept(rate) for s, rate in false_alarms_by(samples, rows, "source").items()},
     }
 
 
@@ -178,7 +178,7 @@ def _videos(samples: Sequence[Sample], column: Column, compat: Compat) -> Part:
     sbi_pooling = "mean over all frames of the most suspicious face, 0.5 without one"
     result["sbi"] = measured(*sbi) | {"pooling": sbi_pooling, "frames_without_score": without_score}
     if compat.clips:  # its clips are not our groups, so there is no interval
-        names, of_clips, scores = pool_clips(scored.samples, scored.labels, scored.scores, compat)
+        names, of_clips, scores = pool_clips(scored.samples, scored.labels, scored.scores)
         auc, eer = stats.auc(of_clips, scores), m.eer(of_clips, scores)
         result["stock"] = {"n": len(names), "auc": auc, "eer": eer, "pooling": "by the folder's name alone"}
     return result
@@ -192,23 +192,17 @@ def _gaps(samples: Sequence[Sample], rows: Sequence[SampleRow], column: str) -> 
     """
     values = [value_of(s, column) for s in samples]
     scored = Scored.of(samples, [row.p_fake if value else None for row, value in zip(rows, values, strict=True)])
-    called_fake = [rows[i].said == "fake" for i in scored.at]
-    groups = np.array([values[i] for i in scored.at])
-
-    def rate(label: int) -> Callable[[Sequence[int]], Measured]:
-        def measure(members: Sequence[int]) -> Measured:
-            indices = [i for i in members if scored.labels[i] == label]
-            return stats.rate([called_fake[i] for i in indices], [scored.groups[i] for i in indices])
-
-        return measure
-
+    judged = [(samples[i], rows[i]) for i in scored.at]
+    places = {value: [k for k, i in enumerate(scored.at) if values[i] == value] for value in sorted(set(values))}
     gaps: Part = {}
-    for what, measure, need in (("auc", scored.auc, (0, 1)), ("false_alarms", rate(0), (0,)), ("found", rate(1), (1,))):
+    for what, labels in (("auc", (0, 1)), ("false_alarms", (0,)), ("found", (1,))):
         figures: dict[str, Measured] = {}
-        for value in sorted(set(groups.tolist())):
-            of_value = np.flatnonzero(groups == value)
-            if all((scored.labels[of_value] == label).sum() >= MIN_REALS for label in need):
-                figures[value] = measure(of_value.tolist())
+        for value, of_value in places.items():
+            chosen = [k for k in of_value if scored.labels[k] in labels]
+            if all((scored.labels[chosen] == label).sum() >= MIN_REALS for label in labels):
+                figures[value] = (
+                    scored.auc(chosen) if what == "auc" else share([judged[k] for k in chosen], called_fake)
+                )
         if len(figures) >= 2:
             ordered = sorted(figures, key=lambda v: figures[v].value or 0.0)
             low, high = figures[ordered[0]], figures[ordered[-1]]

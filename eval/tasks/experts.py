@@ -179,7 +179,8 @@ class Panel:
 
     def joined(self, scores: Scores) -> Verdict | None:
         """The verdict of the experts together; None where no expert with a weight has a score."""
-        available = self.available(scores)
+        names = (MLLM, *(e.card.name for e in self.experts))
+        available = {n: score for n in names if (score := scores.get(n)) is not None}
         if self.calibration is None or not any(self.calibration.weights.get(name, 0) > 0 for name in available):
             return None
         p_mllm = available.pop(MLLM, None)
@@ -187,11 +188,6 @@ class Panel:
         evidence = [Evidence(name, score) for name, score in available.items()]
         logits = logits_of(None if p_mllm is None else logit(p_mllm), evidence, covers)
         return self.calibration.verdict(self.calibration.probability(logits))
-
-    def available(self, scores: Scores) -> dict[str, float]:
-        """The scores of the experts and of the MLLM, without the missing ones."""
-        names = (MLLM, *(e.card.name for e in self.experts))
-        return {n: score for n in names if (score := scores.get(n)) is not None}
 
 
 def _held_out(figures: Part) -> list[str]:

@@ -10,28 +10,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eval import answers, stats
+from eval import answers
 from eval import metrics as m
 from eval.models import TOOL_RESULTS, Opened, tool_results
 from eval.rows import Origin, SampleRow, score
-from eval.scoring import Part, Scored, equalised, train_apart, unscored
+from eval.scoring import Judged, Part, Scored, called_fake, equalised, share, train_apart, unscored
 from eval.stats import Measured
 from eval.task import DECIDING, NO_ORIGIN, Outcome, Run, Task
 from eval.tasks.detect import majority_rows
 from x2dfd import prompts
 from x2dfd.calibration import sigmoid
+from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.explain import said_label
+from x2dfd.faces import find_faces
 from x2dfd.manifest import Sample
+from x2dfd.media import load_picture
 from x2dfd.types import DF_CLASSES, Evidence, Face, Report
-
-if TYPE_CHECKING:
-    from x2dfd.detector import Detector
-
 
 MAX_EXAMPLES = 10  # answers that could not be read, in the result
 EXCHANGES: dict[str, tuple[Callable[[Sample], str], Callable[[str, Sample], str]]] = {
@@ -122,10 +120,6 @@ def ask(
     batch_size: int,
 ) -> tuple[list[SampleRow], list[Origin]]:
     """A row for each sample, and their origin."""
-    from x2dfd.detector import versions
-    from x2dfd.faces import find_faces
-    from x2dfd.media import load_picture
-
     rows: list[SampleRow] = [SampleRow.of(s) for s in samples]
     pending: list[tuple[SampleRow, Sample]] = []
     faces: list[Face] = []
@@ -154,8 +148,6 @@ def _fill_rows(
     read: Callable[[str, Sample], str],
 ) -> None:
     """Fills the rows of faces that go through the model as one batch; an error is recorded for its own picture only."""
-    from x2dfd.detector import through_codec
-
     try:
         logits, evidence = detector.judge_faces(faces)
         encoding = detector.mllm.encode(np.stack([f.view for f in through_codec(faces)]))
@@ -174,50 +166,52 @@ def _fill_rows(
         row.notes = {e.expert: e.note for e in items if e.note}
 
 
-def _with_answer(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[SampleRow], list[Sample], Part]:
-    answered = [(row, s) for row, s in zip(rows, samples, strict=True) if row.said is not None]
+def _with_answer(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> tuple[list[Judged], Part]:
+    answered = [(s, row) for s, row in zip(samples, rows, strict=True) if row.said is not None]
     missing = unscored(rows, [None if row.said is None else 1.0 for row in rows])
-    return [row for row, _ in answered], [s for _, s in answered], {"n_scored": len(answered), "unscored": missing}
+    return answered, {"n_scored": len(answered), "unscored": missing}
+
+
+def _right(sample: Sample, row: SampleRow) -> bool:
+    return row.said == sample.label
+
+
+def _invalid(_: Sample, row: SampleRow) -> bool:
+    return row.said == answers.INVALID
 
 
 def answer_result(samples: Sequence[Sample], rows: Sequence[SampleRow], threshold: float) -> Part:
     """DF-D: an invalid answer is wrong. Also by the meaning of yes and by wording, because models tend to say yes."""
-    answered, subset, result = _with_answer(samples, rows)
-    correct = [row.said == s.label for row, s in zip(answered, subset, strict=True)]
-    invalid = [row.said == answers.INVALID for row in answered]
+    answered, result = _with_answer(samples, rows)
 
-    def rate(hits: Sequence[bool], chosen: Sequence[int]) -> Measured:
-        return stats.rate([hits[i] for i in chosen], [subset[i].group for i in chosen])
-
-    def rates(chosen: Sequence[int]) -> Part:
-        real, fake = (rate(correct, [i for i in chosen if subset[i].label == label]) for label in ("real", "fake"))
+    def rates(chosen: Sequence[Judged]) -> Part:
+        real, fake = (share([p for p in chosen if p[0].label == label], _right) for label in ("real", "fake"))
         balanced = None if real.value is None or fake.value is None else (real.value + fake.value) / 2
-        figures = {"accuracy": rate(correct, chosen), "balanced_accuracy": balanced, "invalid": rate(invalid, chosen)}
+        figures = {"accuracy": share(chosen, _right), "balanced_accuracy": balanced, "invalid": share(chosen, _invalid)}
         return figures | {"recall_real": real, "recall_fake": fake}
 
-    overall = rates(range(len(answered)))
-    n_called_fake, n_fake = sum(row.said == "fake" for row in answered), sum(s.label == "fake" for s in subset)
-    found_fakes = sum(is_right for is_right, s in zip(correct, subset, strict=True) if s.label == "fake")
-    overall["f1_fake"] = 2 * found_fakes / (n_called_fake + n_fake) if n_called_fake + n_fake else None
-    wordings = [answers.question_for(s.id) for s in subset]
-    scored = Scored.of(subset, [row.p_fake for row in answered])
+    overall = rates(answered)
+    fakes = [(s, row) for s, row in answered if s.label == "fake"]
+    of_both = sum(row.said == "fake" for _, row in answered) + len(fakes)
+    overall["f1_fake"] = 2 * sum(_right(s, row) for s, row in fakes) / of_both if of_both else None
+    wordings = [answers.question_for(s.id) for s, _ in answered]
+    scored = Scored.of([s for s, _ in answered], [row.p_fake for _, row in answered])
     # Conflicts: the score means one label and the words state the other.
-    readable = [i for i in scored.at if not invalid[i]]
-    conflicts = {i: (answered[i].said == "fake") != ((answered[i].p_fake or 0.0) >= threshold) for i in readable}
+    readable = [answered[i] for i in scored.at if not _invalid(*answered[i])]
     result |= overall | {
         "by_polarity": {
-            f"yes means {yes}": {"n": len(indices)} | rates(indices)
+            f"yes means {yes}": {"n": len(chosen)} | rates(chosen)
             for yes in ("fake", "real")
-            if (indices := [i for i, q in enumerate(wordings) if q.yes == yes])
+            if (chosen := [p for p, q in zip(answered, wordings, strict=True) if q.yes == yes])
         },
         "by_question": {
-            q.text: rate(correct, indices)
-            for q in answers.QUESTIONS
-            if (indices := [i for i, w in enumerate(wordings) if w is q])
+            question.text: share(chosen, _right)
+            for question in answers.QUESTIONS
+            if (chosen := [p for p, q in zip(answered, wordings, strict=True) if q is question])
         },
         "invalid_answers": _examples(answered),
         "p_fake": {"auc": scored.auc(), "eer": m.eer(scored.labels, scored.scores)},
-        "disagreement": stats.rate(list(conflicts.values()), [subset[i].group for i in readable]),
+        "disagreement": share(readable, lambda s, row: called_fake(s, row) != ((row.p_fake or 0.0) >= threshold)),
         "threshold": threshold,
     }
     headline = {f"answers.{k}": overall[k] for k in ("accuracy", "invalid")}
@@ -227,13 +221,13 @@ def answer_result(samples: Sequence[Sample], rows: Sequence[SampleRow], threshol
 
 def classify_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """DF-C over samples whose class is known: accuracy, macro-F1, confusion with its column of invalid answers."""
-    answered, subset, result = _with_answer(samples, rows)
-    truth, predictions = [str(s.df_class) for s in subset], [str(row.said) for row in answered]
-    groups = [s.group for s in subset]
+    answered, result = _with_answer(samples, rows)
+    truth, predictions = [s.df_class for s, _ in answered], [str(row.said) for _, row in answered]
+    accuracy = share(answered, lambda s, row: row.said == s.df_class)
     result |= {
-        "accuracy": stats.rate([t == s for t, s in zip(truth, predictions, strict=True)], groups),
-        "macro_f1": Measured(answers.macro_f1(truth, predictions), None, len(answered), len(set(groups))),
-        "invalid": stats.rate([s == answers.INVALID for s in predictions], groups),
+        "accuracy": accuracy,
+        "macro_f1": Measured(answers.macro_f1(truth, predictions), None, accuracy.n, accuracy.groups),
+        "invalid": share(answered, _invalid),
         "confusion": answers.confusion(truth, predictions, DF_CLASSES),
         "invalid_answers": _examples(answered),
     }
@@ -241,8 +235,8 @@ def classify_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Par
     return {"headline": headline, "scorers": {"classes": result}}
 
 
-def _examples(rows: Sequence[SampleRow]) -> list[str]:
-    return [row.answer[:200] for row in rows if row.said == answers.INVALID][:MAX_EXAMPLES]
+def _examples(answered: Sequence[Judged]) -> list[str]:
+    return [row.answer[:200] for s, row in answered if _invalid(s, row)][:MAX_EXAMPLES]
 
 
 FOLLOW_UPS = (
@@ -264,8 +258,6 @@ def follow_up(sample: Sample) -> str:
 
 def converse(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> tuple[list[SampleRow], list[Origin]]:
     """One follow-up after each verdict."""
-    from x2dfd.detector import versions
-
     rows = []
     for sample in samples:
         row = SampleRow.of(sample)
@@ -288,18 +280,19 @@ def converse(detector: Detector, samples: Sequence[Sample], *, equal: bool) -> t
 
 def chat_result(samples: Sequence[Sample], rows: Sequence[SampleRow]) -> Part:
     """Counts of answers that are empty, contradict the verdict or repeat others."""
-    answered, subset, result = _with_answer(samples, rows)
-    groups = [s.group for s in subset]
-    labels = [said_label(row.answer) for row in answered]
-    against = [o not in (None, r.said) and r.said != "inconclusive" for o, r in zip(labels, answered, strict=True)]
+    answered, result = _with_answer(samples, rows)
+
+    def against(_: Sample, row: SampleRow) -> bool:
+        return said_label(row.answer) not in (None, row.said) and row.said != "inconclusive"
+
     result |= {
-        "empty": stats.rate([not row.answer.strip() for row in answered], groups),
-        "against_verdict": stats.rate(against, groups),
-        "distinct_answers": m.distinct_share([row.answer for row in answered]),
+        "empty": share(answered, lambda _, row: not row.answer.strip()),
+        "against_verdict": share(answered, against),
+        "distinct_answers": m.distinct_share([row.answer for _, row in answered]),
         "by_question": {
             q: {"n": len(texts), "distinct_answers": m.distinct_share(texts)}
             for q in FOLLOW_UPS
-            if (texts := [row.answer for row in answered if row.question == q])
+            if (texts := [row.answer for _, row in answered if row.question == q])
         },
     }
     headline = {f"chat.{k}": result[k] for k in ("empty", "against_verdict")}
