@@ -16,6 +16,7 @@ from data_gen.forge import METHODS, Photo, forge
 from x2dfd.cli import main as x2dfd_command
 from x2dfd.cli import run_command
 from x2dfd.faces import find_faces
+from x2dfd.files import write_text
 
 
 def make_pair(out: Path) -> tuple[Path, Path]:
@@ -35,7 +36,7 @@ def make_pair(out: Path) -> tuple[Path, Path]:
         "strength": forged.strength,
         "cues": [f"{c.area}: {c.artifact}" for c in forged.cues],
     }
-    (out / "truth.json").write_text(json.dumps(truth, indent=1) + "\n")
+    write_text(out / "truth.json", json.dumps(truth, indent=1) + "\n")
     return out / "real.jpg", out / "forged.jpg"
 
 

@@ -97,7 +97,10 @@ def read_published(path: Path) -> list[CueQuestion]:
 
 def _unique(texts: Iterable[str]) -> list[str]:
     """The texts without repetitions of the same words in the same order; the first spelling stays."""
-    return list({_words(t): t for t in reversed(list(texts))}.values())[::-1]
+    kept: dict[str, str] = {}
+    for text in texts:
+        kept.setdefault(_words(text), text)
+    return list(kept.values())
 
 
 def _words(text: str) -> str:

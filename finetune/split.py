@@ -20,7 +20,7 @@ from x2dfd.adapter import EMBEDDED, PEFT_PREFIX, WEIGHTS, check_adapter, check_f
 from x2dfd.checkpoints import base_identity, load_model
 from x2dfd.cli import run_command
 from x2dfd.errors import SetupError
-from x2dfd.files import read_json, write_text
+from x2dfd.files import atomic_write, read_json, write_text
 from x2dfd.model_spec import ModelSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -58,7 +58,8 @@ def split(source: str | Path | ModelSpec, out: Path) -> tuple[Path, Path, int]:
     model.save_pretrained(whole)
     processor.save_pretrained(whole)
     lora.mkdir(parents=True, exist_ok=True)
-    save_file(matrices, lora / WEIGHTS, {"format": "pt"})
+    with atomic_write(lora / WEIGHTS) as temporary:
+        save_file(matrices, temporary, {"format": "pt"})
     config = read_json(adapter / "adapter_config.json")
     config |= {"modules_to_save": None, "base_model_name_or_path": str(whole)}
     write_text(lora / "adapter_config.json", json.dumps(config, indent=1) + "\n")

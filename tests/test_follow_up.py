@@ -53,6 +53,12 @@ def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
     said += "A face swap leaves such traces."
     text = readable(said, Verdict("fake", 0.9, None, "part"), POINTS)
     assert text == "A part of the photo looks changed. The skin looks softer than the rest; the jaw shows a seam."
+    twice = readable(
+        "The mouth looks obviously frozen. The mouth looks noticeably frozen. The nose is grainy",
+        Verdict("fake", 0.9, None, "part"),
+        (),
+    )
+    assert twice == "A part of the photo looks changed. The mouth looks obviously frozen. The nose is grainy."
     needed = "Jaw blur: it is everywhere."  # the name in front is all that names the place
     assert needed in readable(needed, Verdict("fake", 0.9), POINTS)
 

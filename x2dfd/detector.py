@@ -347,7 +347,7 @@ class Detector:
         if applied is None:
             return self._called(float(sigmoid(mllm_logit or 0.0)), None)
         covers = {e.card.name: e.card.covers for e in self.experts}
-        return self._called(applied.probability(logits_of(mllm_logit, evidence, covers)), _likelier_kind(evidence))
+        return self._called(applied.probability(logits_of(mllm_logit, evidence, covers)), _likelier_kind(deciding))
 
     def _called(self, p: float, kind: str | None) -> Verdict:
         """The verdict of an estimate, by the rule of the mode."""

@@ -63,7 +63,7 @@ def from_report(report: Report, face: FaceReport | None, question: str) -> str |
             return text or _nothing_at(face, areas)
         if topic == "where":
             return None
-    if topic is None and any(re.search(rf"\b{re.escape(e.expert)}\b", question.lower()) for e in face.evidence):
+    if topic is None and any(re.search(rf"\b{re.escape(e.expert)}\b", question, re.IGNORECASE) for e in face.evidence):
         topic = "experts"
     return _ANSWERS[topic](report, face) if topic else HELP if embedded else None
 
@@ -179,7 +179,7 @@ def who_said(report: Report, face: FaceReport) -> str:
 def _technique(report: Report, face: FaceReport) -> str:
     if face.verdict.label != "fake":
         return "None is named: the face is not called fake."
-    kinds = next((e.kinds for e in face.evidence if e.kinds), {})
+    kinds = next((e.kinds for e in face.evidence if e.kinds and e.expert not in report.uncounted), {})
     shares = ", ".join(f"{KINDS_SAID[k]} {percent(p)}" for k, p in kinds.items() if k in KINDS_SAID)
     kind = KINDS_SAID.get(face.verdict.kind or "")
     sentence = f"It looks {kind}" + (f" (by the expert that tells the kinds apart: {shares})." if shares else ".")

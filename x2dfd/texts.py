@@ -67,6 +67,7 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_
     if pointed_only:
         pointed = {(c.area, c.artifact) for e in evidence for c in e.cues}
         cue_sentences = [s for s in cue_sentences if {(c.area, c.artifact) for c in read_cues(s)} <= pointed]
+    cue_sentences = _each_once(cue_sentences)
     if not cue_sentences:
         return called_fake(verdict, evidence)
     text = " ".join([f"{_opening(verdict)}.", *cue_sentences])
@@ -74,6 +75,18 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_
     cues = _nameable_cues(verdict, evidence, MIN_FURTHER)
     further = [c for c in cues if (c.area, c.artifact) not in pairs][: max(MAX_CUES - len(pairs), 0)]
     return f"{text} {_sentence(further)}" if further else text
+
+
+def _each_once(sentences: Sequence[str]) -> list[str]:
+    """The sentences that name a sign which none before them names, each with a full stop; a cut-off text lacks one."""
+    named: set[tuple[str, str]] = set()
+    kept = []
+    for sentence in sentences:
+        pairs = {(c.area, c.artifact) for c in read_cues(sentence)}
+        if not pairs <= named:
+            kept.append(sentence if sentence.endswith((".", "!", "?")) else f"{sentence}.")
+        named |= pairs
+    return kept
 
 
 def sentences_of(text: str) -> list[str]:
