@@ -244,7 +244,8 @@ def test_a_verdict_names_the_kind_that_an_expert_saw(
         found = detector.detect(face_photo, rationale=False).verdict
         assert (found.label, found.kind) == ("fake", kind)
         assert found.p_fake == pytest.approx(38 / 39)  # odds of 19 for each kind
-    weightless = {kind: Logistic({tiny.EXPERT: 0.0, MLLM: 1.0}, {tiny.EXPERT: 0.0, MLLM: 0.0}, 5.0) for kind in ("whole", "part")}
+    none = {tiny.EXPERT: 0.0, MLLM: 0.0}
+    weightless = {kind: Logistic(none | {MLLM: 1.0}, none, 5.0) for kind in ("whole", "part")}
     monkeypatch.setattr(detector, "calibration", Calibration(weightless, 0.3, 0.6))
     assert detector.detect(face_photo, rationale=False).verdict.kind is None  # an expert without a weight names none
     monkeypatch.setattr(detector, "calibration", Calibration(both, 0.3, 0.6))
