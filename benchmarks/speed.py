@@ -42,7 +42,8 @@ from x2dfd.types import Cue, Evidence
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = (1, 8)  # faces in a call of an expert
-BATCHES = (1, 4, 16)  # pictures in a batch of `detect`
+BATCHES = (1, 8)  # pictures in a batch of `detect`
+PICTURES = 24  # three batches, as each is decoded while the one before is judged
 N_QUESTIONS, FEW = 100, 16  # cue questions about one face: of an assessment, of one picture's whole story
 EVIDENCE = (
     (Evidence("tower", 0.93, cues=(Cue("mouth", "blur", 0.9), Cue("jaw", "blending", 0.6))),),
@@ -378,7 +379,7 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     pixels = np.asarray(astronaut(), np.uint8)
     image = Image.fromarray(pixels)
     face = find_faces(pixels)[0]
-    pictures = [ImageEnhance.Brightness(image).enhance(0.8 + 0.025 * k) for k in range(max(BATCHES))]
+    pictures = [ImageEnhance.Brightness(image).enhance(0.8 + 0.02 * k) for k in range(PICTURES)]
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=95)
     data = stream.getvalue()
