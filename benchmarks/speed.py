@@ -360,8 +360,7 @@ def batch_case(detector: Any, pictures: Sequence[Any], size: int) -> Case:
     def judge() -> Answers:
         contrast = 1 - 0.02 * next(runs)  # a smaller change would be rounded away
         new = [ImageEnhance.Contrast(picture).enhance(contrast) for picture in pictures]
-        reports = list(detector.detect_many(new, batch_size=size, rationale=False))
-        return {"p_fake": [r.verdict.p_fake for r in reports]}
+        return {"p_fake": [r.verdict.p_fake for r in detector.detect_many(new, batch_size=size, rationale=False)]}
 
     return Case(judge, per=len(pictures))
 
