@@ -272,6 +272,16 @@ def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
             assert float((mine - its).norm() / its.norm()) < 0.05
             assert torch.allclose(alone[0], mine[0], atol=1e-4)  # what else is in the batch does not count
         assert not torch.equal(found[-1], wanted[-1])
+    tensors = load_file(clip.ranges_file(additions))
+    first = next(k for k in tensors if k.endswith(".divisor"))
+    for broken in ({}, {first: tensors[first][:5]}, {first: -tensors[first]}, {first: tensors[first] * torch.nan}):
+        whole = {"tower_sha256": additions_sha256(clip.read_additions(additions))}
+        save_file(
+            {k: v for k, v in (tensors | broken).items() if broken or k != first}, clip.ranges_file(additions), whole
+        )
+        clip.load_tower_pass.cache_clear()
+        with raises("ranges_unreadable"):
+            tower_states(crops, max(LAYERS), additions, torch.int8)
     additions_of_another = {f"tower.{k}": v * 2 for k, v in clip.read_additions(additions).items()}
     save_file(additions_of_another, additions)
     clip.load_tower_pass.cache_clear()

@@ -6,6 +6,7 @@ a model of transformers, for trainings; the tests compare the two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Literal, NamedTuple
@@ -25,6 +26,11 @@ class InputRange(NamedTuple):
     divisor: Tensor  # [in]
     low: float
     high: float
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether this is a range of the inputs of a weight [out, in]."""
+        usable = self.divisor.shape == weight.shape[1:] and bool((self.divisor.isfinite() & (self.divisor > 0)).all())
+        return usable and -math.inf < self.low <= self.high < math.inf
 
 
 Observer = Callable[[str, Tensor, Tensor], None]
@@ -151,8 +157,16 @@ def _layer_in_8_bits(weights: Mapping[str, Tensor], name: str, heads: int, range
     A channel's divisor moves its outliers from the inputs into the weights (SmoothQuant, arXiv 2211.10438). Scaling and
     shifting the inputs cost nothing: the norms do it, or the values that attention averages.
     """
-    steps = {product: _Bytes(ranges[f"{name}.{product}"]) for product in ("qkv", "attention_out", "expand", "contract")}
     joined = _joined(weights, name)
+    steps: dict[Product, _Bytes] = {}
+    for product, (weight, _) in joined.items():
+        inputs = ranges.get(f"{name}.{product}")
+        if inputs is None or not inputs.fits(weight):
+            raise SetupError(
+                f"the ranges for int8 lack those of {name}.{product}, or do not fit it; measure them again",
+                code="ranges_unreadable",
+            )
+        steps[product] = _Bytes(inputs)
     weight, bias = joined["qkv"]
     values = slice(2 * len(weight) // 3, None)  # the last third, after queries and keys
     weight, bias = weight.clone(), bias.clone()
@@ -160,8 +174,7 @@ def _layer_in_8_bits(weights: Mapping[str, Tensor], name: str, heads: int, range
     bias[values] = bias[values] * steps["attention_out"].factor + steps["attention_out"].shift
     joined["qkv"] = weight, bias
     qkv, attention_out, expand, contract = (
-        step.linear(*joined[product], "swish" if product == "expand" else "none")  # type: ignore[index]
-        for product, step in steps.items()
+        step.linear(*joined[product], "swish" if product == "expand" else "none") for product, step in steps.items()
     )
     norm1 = _norm(weights, f"{name}.layer_norm1", steps["qkv"])
     norm2 = _norm(weights, f"{name}.layer_norm2", steps["expand"])
