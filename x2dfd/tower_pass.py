@@ -168,12 +168,10 @@ def _layer_in_8_bits(weights: Mapping[str, Tensor], name: str, heads: int, range
                 code="ranges_unreadable",
             )
         steps[product] = _Bytes(inputs)
-    weight, bias = joined["qkv"]
+    weight, bias = joined["qkv"]  # copies
     values = slice(2 * len(weight) // 3, None)  # the last third, after queries and keys
-    weight, bias = weight.clone(), bias.clone()
     weight[values] *= steps["attention_out"].factor[:, None]
     bias[values] = bias[values] * steps["attention_out"].factor + steps["attention_out"].shift
-    joined["qkv"] = weight, bias
     qkv, attention_out, expand, contract = (
         step.linear(*joined[product], "swish" if product == "expand" else "none") for product, step in steps.items()
     )
