@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from random import Random
 
@@ -54,7 +55,7 @@ def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
     text = readable(said, Verdict("fake", 0.9, None, "part"), POINTS)
     assert text == "A part of the photo looks changed. The skin looks softer than the rest; the jaw shows a seam."
     twice = readable(
-        "The mouth looks obviously frozen. The mouth looks noticeably frozen. The nose is grainy",
+        "The mouth looks obviously frozen. The mouth looks noticeably frozen. The nose is grainy,",
         Verdict("fake", 0.9, None, "part"),
         (),
     )
@@ -153,6 +154,14 @@ def test_the_embedded_models_report_is_answered_from_its_facts() -> None:
     assert "a seam runs along the jaw (says the tower expert)" in (
         follow_up.from_report(own, one, "And the jaw?") or ""
     )
+    other_kinds = Evidence("other", 0.9, kinds={"whole": 0.07, "part": 0.93})
+    kinds = Evidence("tower", 0.9, kinds={"whole": 0.81, "part": 0.09})
+    both = face(verdict=Verdict("fake", 0.9, None, "whole"), evidence=(other_kinds, kinds))
+    weighed = replace(own, model=own.model | {"weights": {"other": 0, "tower": 1}})
+    said = follow_up.from_report(weighed, both, "which technique made it?") or ""
+    assert "81 %" in said and "93 %" not in said  # an expert without a weight tells no kind
+    named = replace(both, evidence=(replace(kinds, expert="MyExpert"),))
+    assert "MyExpert" in (follow_up.from_report(own, named, "what does myexpert see") or "")
     whole = face(verdict=Verdict("fake", 0.9, None, "whole"), evidence=POINTS, cues=())
     for asked in ("And the jaw?", "Where?"):  # areas named of a face that was generated whole were wrong
         assert "seam" not in (said := follow_up.from_report(own, whole, asked) or "") and "map" not in said and said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
 from x2dfd import tower as clip
+from x2dfd import tower_pass
 from x2dfd.adapter import FORENSIC, AdapterCard, add_tower
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import through_codec
@@ -47,7 +49,7 @@ from x2dfd.tower import (
     tower_states,
     training_rows,
 )
-from x2dfd.tower_pass import adds_bytes_in_full
+from x2dfd.tower_pass import InputRange, _Bytes, adds_bytes_in_full
 from x2dfd.types import ARTIFACTS, Card, Cue, Evidence, Face
 
 LAYERS = (1, 2, 3, 4)
@@ -259,12 +261,22 @@ def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
     for name in ("HEAD_LAYERS", "LAYERS"):
         monkeypatch.setattr(ranges, name, LAYERS)
     additions = folder / "experts" / "tower.safetensors"
+    closer, views = clip.closer, []
+
+    def counted(pixels: Tensor) -> Tensor:
+        views.append(len(pixels))
+        return closer(pixels)
+
+    monkeypatch.setattr(ranges, "MIN_PICTURES", 4)
+    monkeypatch.setattr(ranges, "closer", counted)
     crops = torch.from_numpy(np.array(load_crops(photos).crops[:4]))
     for tower, model in ((additions, folder), (None, None)):
         with raises("ranges_unreadable"):
             tower_states(crops, max(LAYERS), tower, torch.int8)
         clip.load_tower_pass.cache_clear()
-        ranges.ranges([photos], model)
+        views.clear()
+        ranges.ranges([photos], model, clip=model is None)
+        assert bool(views) == (model is not None)  # the forensic tower sees the closer view
         found = tower_states(crops, max(LAYERS), tower, torch.int8)
         wanted = tower_states(crops, max(LAYERS), tower, torch.float32)
         one = tower_states(crops[:1], max(LAYERS), tower, torch.int8)
@@ -272,6 +284,7 @@ def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
             assert float((mine - its).norm() / its.norm()) < 0.05
             assert torch.allclose(alone[0], mine[0], atol=1e-4)  # what else is in the batch does not count
         assert not torch.equal(found[-1], wanted[-1])
+    good = clip.read_ranges(additions)
     tensors = load_file(clip.ranges_file(additions))
     first = next(k for k in tensors if k.endswith(".divisor"))
     for broken in ({}, {first: tensors[first][:5]}, {first: -tensors[first]}, {first: tensors[first] * torch.nan}):
@@ -282,6 +295,10 @@ def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
         clip.load_tower_pass.cache_clear()
         with raises("ranges_unreadable"):
             tower_states(crops, max(LAYERS), additions, torch.int8)
+    clip.ranges_file(additions).write_bytes(clip.ranges_file(additions).read_bytes()[:-8])
+    with raises("ranges_unreadable"):
+        clip.read_ranges(additions)
+    clip.write_ranges(additions, good, 9)
     additions_of_another = {f"tower.{k}": v * 2 for k, v in clip.read_additions(additions).items()}
     save_file(additions_of_another, additions)
     clip.load_tower_pass.cache_clear()
@@ -289,19 +306,61 @@ def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
         tower_states(crops, max(LAYERS), additions, torch.int8)
 
 
+def test_inputs_become_the_nearest_bytes() -> None:
+    """Bug prevented: a zero or a scale beside the right one, digits cut off in place of rounded; all that in small."""
+    low, high = -1.0, 4.1  # steps of 0.02, and zero is the byte 50
+    step = _Bytes(InputRange(torch.tensor([1.0, 10.0]), low, high))
+    x = torch.tensor([[-1.0, 0.0], [0.0, 0.11], [4.1, 41.0], [9.0, -99.0]])
+    assert (x * step.factor + step.shift).clamp(0, 255).byte().tolist() == [[0, 50], [50, 51], [255, 255], [255, 0]]
+    above = _Bytes(InputRange(torch.ones(1), 1.0, 5.1))  # what is never 0 is measured from 0, too
+    assert float(torch.tensor([5.1]) * above.factor + above.shift) == pytest.approx(255.5)
+    assert not InputRange(torch.ones(2), 0.0, 1.0).fits(torch.ones(3, 4))
+    assert not InputRange(torch.ones(4), 0.0, math.nan).fits(torch.ones(3, 4))
+
+
 @pytest.mark.skipif(not adds_bytes_in_full(), reason="this CPU has no VNNI")
-def test_experts_take_the_precision_of_the_tower(small: None, face: Face, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_outlier_among_the_channels_costs_the_others_little() -> None:
+    """Bug prevented: ranges without smoothing, under which one large channel takes all steps for itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 32, generator=generator), torch.randn(16, 32, generator=generator)
+    x[:, 3] *= 200
+    seen = ranges._Largest()
+    seen("product", x, weight)
+    [inputs] = seen.ranges().values()
+    step = _Bytes(inputs)
+    found = step.linear(weight.clone(), torch.zeros(16), "none")(x * step.factor + step.shift)
+    small = weight.clone()
+    small[:, 3] = 0  # what the other channels give
+    error = (found - x @ weight.T).norm() / (x @ small.T).norm()
+    assert error < 0.3  # 0.86 without smoothing
+
+
+def test_a_cpu_that_cuts_sums_off_is_refused(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: wrong verdicts on a CPU without VNNI."""
+    monkeypatch.setattr(tower_pass, "adds_bytes_in_full", lambda: False)
+    monkeypatch.setattr(clip, "read_ranges", lambda additions: {})
+    with raises("int8_unsupported"):
+        tower_states(torch.zeros(1, 224, 224, 3, dtype=torch.uint8), max(LAYERS), None, torch.int8)
+
+
+def test_experts_take_the_precision_of_the_tower(
+    small: None, weights: Path, face: Face, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bug prevented: int8 for half of a verdict's passes, or for an expert that nobody told."""
     asked: list[torch.dtype | None] = []
 
-    def states(crops: Tensor, *_: object, dtype: torch.dtype | None = None, **__: object) -> tuple[Tensor, ...]:
+    def states(
+        crops: Tensor, layers: int, additions: object = None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, ...]:
         asked.append(dtype)
         return (torch.zeros(len(crops), 197, clip.WIDTH),) * 10
 
-    monkeypatch.setattr(clip_probe, "tower_states", states)
-    for dtype in (torch.int8, None):
-        clip_probe.ClipProbe().judge([face], Shared(None, "", dtype))
-    assert asked == [torch.int8, None]
+    for module in ("clip_probe", "tower"):
+        monkeypatch.setattr(f"external_detectors.{module}.tower_states", states)
+    for expert in (clip_probe.ClipProbe(), load_expert("tower", weights)):
+        for dtype in (torch.int8, None):
+            expert.judge([face], Shared(None, "", dtype))
+    assert asked == [torch.int8, None] * 2
 
 
 def test_points_masks_and_maps_follow_the_closer_view(

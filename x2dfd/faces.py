@@ -7,8 +7,8 @@ ai-edge-litert. Mesh point numbers are those of MediaPipe's canonical face model
 from __future__ import annotations
 
 import math
-import os
 import re
+import sys
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -87,8 +87,10 @@ class _Tflite:
                 code="face_model_missing",
             )
         with printed_from_c(_XNNPACK, []):
-            # Two threads find the same points in two thirds of the time; in batches they change nothing.
-            self._model = Interpreter(model_path=str(path), num_threads=min(2, os.cpu_count() or 1))
+            # Two threads find the same points in two thirds of the time; in batches they change nothing. Processes
+            # without torch are the many that trainings cut crops in.
+            threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1
+            self._model = Interpreter(model_path=str(path), num_threads=min(2, threads))
             self._model.allocate_tensors()
         self._turn = threading.Lock()
         self._input = self._model.get_input_details()[0]["index"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from x2dfd import prompts
 from x2dfd.adapter import (
     EMBEDDED,
     FORENSIC,
+    TOWER,
     WHOLE,
     AdapterCard,
     add_tower,
@@ -40,9 +42,10 @@ from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
 from x2dfd.experts import DEFAULT, Expert, load_expert
 from x2dfd.fetch import BASE_NAME
+from x2dfd.files import file_sha256
 from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
-from x2dfd.tower import CLOSER, quick_in_16_bits
+from x2dfd.tower import CLOSER, quick_in_16_bits, ranges_file
 from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import ModelInfo
 from x2dfd.validation import Validation
@@ -68,7 +71,7 @@ def load(
     mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
     (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU. With
     the embedded model on a CPU, whose MLLM only writes, they take its tower's precision: by default bf16 where that is
-    quick, else fp32; int8 multiplies bytes. With other models they choose it themselves. `device_map` is as in
+    quick, else fp32, and int8 on request. With other models they choose it themselves. `device_map` is as in
     transformers ("auto"), `bits` 4 or 8 (bitsandbytes), and `ignore_calibration` with mode="paper" is for fitting
     another one. Raises SetupError with the remedy.
     """
@@ -130,7 +133,7 @@ def _here(
     base = None if spec.base == BASE_NAME else spec.base  # the embedded base by its name: bare, without an adapter
     if folder and card and card.weights == WHOLE:
         base = str(folder / WHOLE)
-    target, precision = choose_device(device, dtype, base)
+    target, precision = choose_device(device or ("cpu" if dtype == "int8" else None), dtype, base)
     local = partial(_local, base, folder, card, target)
     embedded_on_cpu = spec.base is None and target.type == "cpu" and not bits and device_map is None
     mllm: LanguageModel
@@ -141,12 +144,16 @@ def _here(
         mllm, identity, prompt_sha256 = tower_first(folder, card, precision, lambda: load_whole()[0])
     elif precision == "int8":
         raise SetupError(
-            "int8 is for calibrated verdicts of the embedded model on a CPU; a large model takes --bits 8",
+            "int8 is for calibrated verdicts of the embedded model, or of an adapter like it, on a CPU, without --bits "
+            "and --device-map; a large model takes --bits 8",
             code="dtype_unsupported",
         )
     else:
         mllm, identity, prompt_sha256 = local(precision, device_map, bits)
     runs_on = f"{target.type} {precision}" + (f", {bits}-bit weights" if bits else "")
+    if folder and precision == "int8":  # other ranges give other scores
+        digests = "".join(file_sha256(ranges_file(additions)) for additions in (folder / TOWER, None))
+        runs_on += f", ranges {hashlib.sha256(digests.encode()).hexdigest()[:8]}"
     info = replace(_info(card, identity, prompt_sha256), runs_on=runs_on)
     if card is None and isinstance(mllm, LocalMLLM):
         info = replace(info, crop_size=crop_size_of(mllm.processor))

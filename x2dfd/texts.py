@@ -78,13 +78,13 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_
 
 
 def _each_once(sentences: Sequence[str]) -> list[str]:
-    """The sentences that name a sign which none before them names, each with a full stop; a cut-off text lacks one."""
+    """The sentences that name a sign which none before them names. Each ends; the last of a cut-off text does not."""
     named: set[tuple[str, str]] = set()
     kept = []
     for sentence in sentences:
         pairs = {(c.area, c.artifact) for c in read_cues(sentence)}
         if not pairs <= named:
-            kept.append(sentence if sentence.endswith((".", "!", "?")) else f"{sentence}.")
+            kept.append(sentence if sentence.endswith((".", "!", "?")) else sentence.rstrip(" ,:;") + ".")
         named |= pairs
     return kept
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from x2dfd.crops import CropSet, new_array, old_array
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError, X2DFDError
-from x2dfd.fetch import require
+from x2dfd.fetch import BASE_NAME, require
 from x2dfd.files import Json, atomic_write, file_sha256, locked_folder, read_json, write_text
 from x2dfd.progress import progress
 from x2dfd.tower_pass import InputRange, Observer, TowerPass
@@ -199,18 +199,20 @@ def ranges_file(additions: Path | None) -> Path:
     return (additions or CLIP_RANGES).with_suffix(".int8.safetensors")
 
 
-def _tower_sha256(additions: Path | None) -> str:
-    return additions_sha256(read_additions(additions)) if additions else ""
+def _identity(additions: Path | None) -> str:
+    """Base and additions of a tower, in words."""
+    return f"{BASE_NAME} {additions_sha256(read_additions(additions))}" if additions else BASE_NAME
 
 
-def write_ranges(additions: Path | None, ranges: Mapping[str, InputRange]) -> None:
-    """Write the ranges of a tower's inputs (`external_detectors.train ranges` measures them)."""
+def write_ranges(additions: Path | None, ranges: Mapping[str, InputRange], pictures: int) -> None:
+    """Write the ranges of a tower's inputs, measured on so many pictures (`external_detectors.train ranges`)."""
     from safetensors.torch import save_file
 
     tensors = {f"{name}.divisor": r.divisor.half() for name, r in ranges.items()}
     tensors |= {f"{name}.range": torch.tensor([r.low, r.high]) for name, r in ranges.items()}
     with atomic_write(ranges_file(additions)) as temporary:
-        save_file(tensors, temporary, {"tower_sha256": _tower_sha256(additions)})
+        stated = {"tower": _identity(additions), "sha256": additions_sha256(tensors), "pictures": str(pictures)}
+        save_file(tensors, temporary, stated)
 
 
 def read_ranges(additions: Path | None) -> dict[str, InputRange]:
@@ -218,17 +220,20 @@ def read_ranges(additions: Path | None) -> dict[str, InputRange]:
     from safetensors import SafetensorError, safe_open
 
     path = ranges_file(additions)
-    remedy = "measure them: python -m external_detectors.train ranges --data MANIFEST"
-    remedy += f" --model {additions.parent.parent}" if additions else ""
+    remedy = "reinstall x2dfd"
+    if additions:
+        remedy = "measure them: python -m external_detectors.train ranges --data MANIFEST --model DIR"
     try:
         with safe_open(path, "pt") as stream:
-            stated = (stream.metadata() or {}).get("tower_sha256")
-            tensors = {k: stream.get_tensor(k).float() for k in stream.keys()}  # noqa: SIM118
+            stated = stream.metadata() or {}
+            tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
+        if stated.get("sha256") != additions_sha256(tensors):
+            raise KeyError("its content differs from its SHA-256")
         names = [k.removesuffix(".divisor") for k in tensors if k.endswith(".divisor")]
-        ranges = {n: InputRange(tensors[f"{n}.divisor"], *tensors[f"{n}.range"].tolist()) for n in names}
+        ranges = {n: InputRange(tensors[f"{n}.divisor"].float(), *tensors[f"{n}.range"].tolist()) for n in names}
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise SetupError(f"int8 needs the ranges in {path}: {error}; {remedy}", code="ranges_unreadable") from error
-    if stated != _tower_sha256(additions):
+    if stated.get("tower") != _identity(additions):
         raise SetupError(f"the ranges in {path} are of another tower; {remedy}", code="ranges_differ")
     return ranges
 

@@ -24,7 +24,7 @@ from x2dfd.fetch import CHAT_TEMPLATE
 from x2dfd.files import Json
 from x2dfd.mllm import BATCH, LocalEncoding, LocalMLLM, YesNo, seeds_of
 from x2dfd.model_spec import Dtype
-from x2dfd.tower import load_tower_pass, tower_states
+from x2dfd.tower import load_tower_pass, read_ranges, tower_states
 
 
 class TowerFirst:
@@ -97,6 +97,8 @@ def tower_first(
         checked_additions(folder, card)
         additions, dtype = folder / TOWER, TORCH_DTYPES[precision]
         run_tower = partial(tower_states, layers=card.tower_layers, additions=additions, dtype=dtype)
+        if dtype == torch.int8:
+            read_ranges(None)  # of the experts on CLIP; a fault is raised here, not at the first face
         try:
             load_tower_pass(card.tower_layers, additions, dtype)  # raises here if the base is missing
         except KeyError as error:

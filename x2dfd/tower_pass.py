@@ -187,7 +187,7 @@ def _layer_in_8_bits(weights: Mapping[str, Tensor], name: str, heads: int, range
 
 
 class _Bytes:
-    """How the inputs x of a product become bytes: x * factor + shift, cut off below."""
+    """How the inputs x of a product become bytes: the integer part of x * factor + shift, from 0 to 255."""
 
     def __init__(self, inputs: InputRange) -> None:
         low, high = min(inputs.low, 0.0), max(inputs.high, 1e-6)

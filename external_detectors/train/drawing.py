@@ -12,6 +12,9 @@ import numpy as np
 from x2dfd.degrade import Pixels, Rng, soft
 from x2dfd.faces import Array
 
+DRAWING_VERSION = 2
+"""Raise it when the same generator state gives other pixels: cached features of drawings are then computed anew."""
+
 
 def drawing(crop: Pixels, rng: Rng) -> Pixels:
     """A crop [s, s, 3] in the style of a drawing or a painting; the style is chosen at random."""

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from external_detectors.clip_probe import CLASS_FEATURES, FEATURES, LAYERS, VERSION, clip_features
 from external_detectors.tower_net import KINDS
+from external_detectors.train.drawing import DRAWING_VERSION
 from external_detectors.train.loop import by_method, licence_of, log, next_version, ridge_logistic
 from external_detectors.train.tower import Pictures
 from external_detectors.weights_io import save_weights
@@ -153,7 +154,7 @@ def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed:
         )
     base = file_sha256(require("base") / "model.safetensors")
     key = {"views": digest.hexdigest(), "features": VERSION, "layers": list(LAYERS), "seed": seed, "base": base}
-    key |= VIEWS
+    key |= VIEWS | {"drawings": DRAWING_VERSION}
     shape = (len(all_views), FEATURES + 3)  # the last three: fake, photograph, whole
     cache = CachedArray(folder, "features.npy", key, shape)
     rows = cache.open()

@@ -13,7 +13,7 @@ from torch import Tensor
 from external_detectors.clip_probe import LAYERS
 from x2dfd.adapter import TOWER
 from x2dfd.crops import load_crops
-from x2dfd.errors import X2DFDError
+from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.progress import progress
 from x2dfd.tower import (
     HEAD_LAYERS,
@@ -31,7 +31,7 @@ SMOOTHING = 0.8
 """How much of a channel's outliers moves into the weights (alpha of SmoothQuant, arXiv 2211.10438). The class token is
 nearest to that in fp32 with 0.75 to 0.85."""
 
-BATCH = 16
+BATCH, MIN_PICTURES = 16, 64
 
 
 class _Largest:
@@ -57,15 +57,20 @@ class _Largest:
 
 def ranges(
     data: Annotated[list[Path], typer.Option(help="manifest of photos and fakes; give it again for more")],
-    model: Annotated[
-        Path | None, typer.Option(help="adapter folder with a forensic tower; by default CLIP as it is")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="adapter folder with a forensic tower")] = None,
+    clip: Annotated[bool, typer.Option("--clip", help="CLIP as it is, whose ranges belong to the package")] = False,
     limit: Annotated[int, typer.Option(min=1, help="pictures of each manifest, of the splits for training")] = 256,
     seed: int = 0,
     crop_workers: int = 1,
 ) -> None:
     """Measure the ranges that `--dtype int8` needs, beside the weights that they belong to."""
+    if clip == (model is not None):
+        raise X2DFDError("give --model DIR, or --clip", code="option_invalid")
     additions = model / TOWER if model else None
+    if additions and not additions.is_file():
+        raise SetupError(
+            f"{model} holds no forensic tower ({TOWER}); give an adapter directory", code="weights_missing"
+        )
     largest = _Largest()
     run = load_tower_pass(max(HEAD_LAYERS if additions else LAYERS), additions, torch.float32, largest)
     seen = 0
@@ -78,7 +83,9 @@ def ranges(
             with torch.inference_mode():
                 run(closer(pixels) if additions else pixels)
         seen += len(rows)
-    if not seen:
-        raise X2DFDError("no picture is of split train, val or calib", code="no_samples")
-    write_ranges(additions, largest.ranges())
+    if seen < MIN_PICTURES:
+        raise X2DFDError(
+            f"{seen} pictures are of split train, val or calib; ranges need {MIN_PICTURES}", code="too_few_pictures"
+        )
+    write_ranges(additions, largest.ranges(), seen)
     print(ranges_file(additions))
