@@ -401,8 +401,9 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "face.jpg")
             path.write_bytes(data)
-            words = ["-m", "x2dfd.cli", "detect", str(path), "--json", "--no-rationale", "--threads", str(threads)]
-            words += ["--device", detector.info.runs_on.split()[0], "--dtype", detector.info.runs_on.split()[1]]
+            place, precision = detector.info.runs_on.replace(",", " ").split()[:2]
+            words = ["detect", str(path), "--json", "--no-rationale", "--threads", str(threads)]
+            words = ["-m", "x2dfd.cli", *words, "--device", place, "--dtype", precision]
             with subprocess.Popen(
                 [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
             ) as run:

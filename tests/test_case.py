@@ -312,6 +312,8 @@ def test_the_command_computes_as_the_record_says_and_has_an_exit_code_for_each_o
         (("--model", there), {"model": ModelSpec.parse(there)}),
     ):  # fmt: skip
         assert verify(on_gpu, *options).exit_code == 4 and asked[-1] == plain | wanted
+    in_bytes = changed(made, _set("model", "runs_on", value="cpu int8, ranges 01234567"), sealed=True)
+    assert verify(in_bytes).exit_code == 4 and asked[-1] == plain | {"dtype": "int8"}
 
 
 @pytest.mark.slow

@@ -268,7 +268,9 @@ def another_adapter(case: Json, info: ModelInfo) -> bool:
 def precision_stated(case: Json) -> Dtype | None:
     """The precision in which a model of this machine judged the record's files; None when it names none, or several."""
     devices = {str((r.get("model") or {}).get("runs_on", "")) for r in case["reports"]}
-    precisions: list[Dtype] = [dtype for dtype in get_args(Dtype) if any(dtype in text.split() for text in devices)]
+    precisions: list[Dtype] = [
+        dtype for dtype in get_args(Dtype) if any(dtype in text.replace(",", " ").split() for text in devices)
+    ]
     return precisions[0] if len(precisions) == 1 else None
 
 
