@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 from numpy.typing import NDArray
+from PIL import Image, ImageEnhance
 
 import x2dfd
 from x2dfd import prompts
@@ -227,7 +228,6 @@ def verdicts(mllm: Any, crops: NDArray[np.uint8], questions: Sequence[str]) -> C
     labels' logits read at the fourth. If it generates no verdict, there is no answer to compare."""
 
     import torch
-    from PIL import Image
 
     def recipe() -> Answers | None:
         logits, stated = [], True
@@ -313,7 +313,6 @@ def training_step(model: Any, layers: Sequence[int]) -> Cases:
 
 def forged_pictures() -> list[Any]:
     """The demo's forged photo at several brightnesses, as PIL images."""
-    from PIL import Image, ImageEnhance
 
     from data_gen.demo import make_pair
 
@@ -353,21 +352,18 @@ def expert_case(expert: Any, face: Any, n: int) -> Case:
 
 def batch_case(detector: Any, pictures: Sequence[Any], size: int) -> Case:
     """`detect` on all pictures, other ones in every run, because experts keep what they computed of the last crops."""
-    from PIL import ImageEnhance
-
     sets = [[ImageEnhance.Contrast(p).enhance(contrast) for p in pictures] for contrast in (1.0, 0.98, 0.96)]
     turns = itertools.cycle(sets)
 
     def judge() -> Answers:
-        new = next(turns)
-        return {"p_fake": [r.verdict.p_fake for r in detector.detect_many(new, batch_size=size, rationale=False)]}
+        reports = detector.detect_many(next(turns), batch_size=size, rationale=False)
+        return {"p_fake": [r.verdict.p_fake for r in reports]}
 
     return Case(judge, per=len(pictures))
 
 
 def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
     """Comparisons of the whole pipeline; with `tower_alone`, only those that the tower's precision changes."""
-    from PIL import Image, ImageEnhance
     from skimage.data import astronaut
 
     from x2dfd.experts import BUILTIN, load_expert
