@@ -192,6 +192,7 @@ def load_tower_pass(
 
 
 CLIP_RANGES = Path(__file__).parent / "weights" / "clip"
+"""Where the ranges of CLIP as it is lie, without the ending of `ranges_file`."""
 
 
 def ranges_file(additions: Path | None) -> Path:
@@ -228,7 +229,7 @@ def read_ranges(additions: Path | None) -> dict[str, InputRange]:
             stated = stream.metadata() or {}
             tensors = {k: stream.get_tensor(k) for k in stream.keys()}  # noqa: SIM118
         if stated.get("sha256") != additions_sha256(tensors):
-            raise KeyError("its content differs from its SHA-256")
+            raise SetupError(f"the ranges in {path} differ from their SHA-256; {remedy}", code="ranges_unreadable")
         names = [k.removesuffix(".divisor") for k in tensors if k.endswith(".divisor")]
         ranges = {n: InputRange(tensors[f"{n}.divisor"].float(), *tensors[f"{n}.range"].tolist()) for n in names}
     except (OSError, SafetensorError, KeyError, TypeError) as error:
