@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -420,6 +420,33 @@ def test_the_embedded_model_names_only_signs_that_an_expert_points_at(
     monkeypatch.setattr(detector, "info", replace(detector.info, base={"name": BASE_NAME, "sha256": ""}))
     detector.detect(face_photo)
     assert asked == [False, False, True]
+
+
+def test_the_embedded_model_writes_only_where_its_words_may_stay(
+    detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: seconds spent on a text of which nothing stays, or a text that is not written at all."""
+    asked: list[str] = []
+    write = detector.mllm.write
+
+    def writing(encoding: object, questions: Sequence[str], *args: object, **named: object) -> list[str]:
+        asked.extend(questions)
+        return write(encoding, questions, *args, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(detector.mllm, "write", writing)
+    monkeypatch.setattr(detector, "info", replace(detector.info, base={"name": BASE_NAME, "sha256": ""}))
+    weights = detector.calibration.weights if detector.calibration else {}
+    expert = next(e for e in detector.experts if weights.get(e.card.name, 0.0) > 0)
+    monkeypatch.setattr(expert, "card", replace(expert.card, covers=("FS", "jaw blending")), raising=False)
+    monkeypatch.setattr(detector, "_verdict", lambda *_: Verdict("fake", 0.9, None, "part"))
+    judge = expert.judge
+
+    def pointing(*args: Any) -> list[Evidence]:
+        return [replace(e, cues=(Cue("jaw", "blending", 0.9),)) for e in judge(*args)]
+
+    assert detector.detect(face_photo).rationale and asked == []
+    monkeypatch.setattr(expert, "judge", pointing)
+    assert "jaw" in detector.detect(face_photo).rationale and len(asked) == 1
 
 
 def test_texts_are_mended_but_in_the_papers_mode(

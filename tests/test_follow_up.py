@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -13,7 +15,7 @@ from x2dfd import follow_up
 from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
 from x2dfd.fetch import BASE_NAME
-from x2dfd.texts import called_fake, cue_clause, readable
+from x2dfd.texts import _CLOSINGS, called_fake, cue_clause, readable, says_all, signs_to_name
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 POINTS = (Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.8),)), Evidence("other", 0.1))
@@ -92,6 +94,33 @@ def test_a_text_names_every_sign_that_an_expert_is_sure_of() -> None:
     alone = readable("", fake, (tower,))
     assert [(c.area, c.artifact) for c in read_cues(alone)] == [(c.area, c.artifact) for c in more[:3]]
     assert "seam" not in readable(said, Verdict("fake", 0.9, None, "whole"), (tower,))
+
+
+def test_a_text_is_cut_off_only_where_the_rest_would_be_left_out() -> None:
+    """Bug prevented: a second sign lost for half a tenth of a second, or seconds spent on words that nobody sees."""
+    fake, points = Verdict("fake", 0.9, None, "part"), (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.85))
+    experts = (Evidence("tower", 0.96, cues=points),)
+    signs = signs_to_name(fake, experts)
+    assert signs == {("nose", "noise"), ("jaw", "blending")}
+    text = "Nose noise: the nose looks grainy. Jaw blending: a seam runs along the jaw. This fits a face swap."
+    prefixes = [text[:k] for k in range(len(text) + 1)]
+    ends = next(p for p in prefixes if says_all(p, fake, signs))
+    assert ends == "Nose noise: the nose looks grainy. Jaw blending: a seam runs along the jaw."
+    assert readable(ends, fake, experts, pointed_only=True) == readable(text, fake, experts, pointed_only=True)
+    one = "Nose noise: the nose looks grainy. This "
+    assert says_all(one, fake, signs) and not says_all(one[:-6], fake, signs) and not says_all("This ", fake, signs)
+    assert not says_all("Skin blur: the skin is blurred. This ", fake, signs)  # nothing of it stays
+    whole = Verdict("fake", 0.9, None, "whole")
+    assert signs_to_name(whole, (Evidence("tower", 0.96, cues=(*points, Cue("whole-image", "frequency", 0.9))),)) == {
+        ("whole-image", "frequency")
+    }
+
+
+def test_closing_sentences_of_training_answers_are_known_by_their_beginnings() -> None:
+    """Bug prevented: a closing sentence in the grammar that the model learns, and that every text is waited for."""
+    grammar = json.loads((Path(__file__).parents[1] / "data_gen" / "words" / "grammar.json").read_text())
+    closings = [*grammar["closings"], *chain.from_iterable(grammar["class_closings"].values())]
+    assert [c for c in closings if not c.startswith(_CLOSINGS)] == []
 
 
 def test_signs_in_one_sentence_read_back_as_they_were() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,17 @@ def test_the_end_token_ends_the_text_and_is_not_part_of_it(mllm: LocalMLLM, crop
         mllm.tokenizer.eos_token = usual
     assert text == [mllm.tokenizer.decode(ids[:3]).strip()]
     assert told == [mllm.tokenizer.decode(ids[:k]).strip() for k in (1, 2, 3, 3)]
+
+
+def test_each_text_ends_where_it_is_enough(mllm: LocalMLLM, crops: NDArray[np.uint8]) -> None:
+    """Bug prevented: a text that is cut for its neighbour's sake, or that runs on for nobody."""
+    start = prompts.rationale_start("fake")
+    encode = partial(mllm.encode, crops[:2])
+    whole = mllm.write(encode(), QUESTIONS[:2], [start] * 2, max_new_tokens=8)
+    checks = [lambda text: len(text) >= 3, lambda text: False]
+    cut = mllm.write(encode(), QUESTIONS[:2], [start] * 2, max_new_tokens=8, enough=checks)
+    assert cut[1] == whole[1]
+    assert whole[0].startswith(cut[0]) and 3 <= len(cut[0]) < len(whole[0])
 
 
 def test_no_text_is_longer_than_its_bound(

@@ -31,7 +31,7 @@ from x2dfd.intake import FoundFace, OnProgress, Ready, Source, faces_of_report, 
 from x2dfd.media import Picture, Video
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
-from x2dfd.texts import readable
+from x2dfd.texts import readable, says_all, signs_to_name
 from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
 from x2dfd.validation import PROPOSITIONS, Validation
 
@@ -176,7 +176,7 @@ class Detector:
         for i in range(0, len(order), self.mllm.batch):
             batch = order[i : i + self.mllm.batch]
             texts = dict.fromkeys((f.index for f in batch), "")
-            if selected := [f for f in batch if self._gets_rationale(f.verdict)]:
+            if selected := [f for f in batch if self._gets_rationale(f.verdict, f.evidence)]:
                 crops = np.stack([f.view for f in through_codec([found_faces[f.index].face for f in selected])])
                 with self._encoded(crops) as encoding:
                     rationales = self.mllm.write(
@@ -184,6 +184,7 @@ class Detector:
                         self._questions([f.evidence for f in selected]),
                         [prompts.rationale_start(f.verdict.side) for f in selected],
                         on_text=on_text if i == 0 and batch[0].verdict.label == "fake" else None,  # others are mended
+                        enough=self._enough([(f.verdict, f.evidence) for f in selected]),
                     )
                 texts |= zip((f.index for f in selected), rationales, strict=True)
             explained |= {f.index: self._with_rationale(f, found_faces[f.index].face, texts[f.index]) for f in batch}
@@ -265,10 +266,12 @@ class Detector:
                     clock.lap("verdict")
                 verdicts = [self._verdict(logit, row) for logit, row in zip(logits, evidence, strict=True)]
                 texts = dict.fromkeys(range(len(batch)), "")
-                if selected := [k for k, v in enumerate(verdicts) if rationale and self._gets_rationale(v)]:
+                judged = list(zip(verdicts, evidence, strict=True))
+                if selected := [k for k, face in enumerate(judged) if rationale and self._gets_rationale(*face)]:
                     subset = encoding if len(selected) == len(batch) else encoding.part(selected)
                     starts = [prompts.rationale_start(verdicts[k].side) for k in selected]
-                    rationales = self.mllm.write(subset, [questions[k] for k in selected], starts)
+                    enough = self._enough([judged[k] for k in selected])
+                    rationales = self.mllm.write(subset, [questions[k] for k in selected], starts, enough=enough)
                     texts |= zip(selected, rationales, strict=True)
                     clock.lap("rationale")
             for k, (found, logit, row, verdict) in enumerate(zip(batch, logits, evidence, verdicts, strict=True)):
@@ -290,9 +293,30 @@ class Detector:
                     on_progress(reports[-1])
         return reports
 
-    def _gets_rationale(self, verdict: Verdict) -> bool:
-        """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed."""
-        return self._applied is None or verdict.label == "fake"
+    def _gets_rationale(self, verdict: Verdict, evidence: Sequence[Evidence]) -> bool:
+        """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed,
+        and one with no sign that a text may name gets one written from the experts' evidence."""
+        if self._applied is None or verdict.label != "fake":
+            return self._applied is None
+        return not self._pointed_only or bool(signs_to_name(verdict, self._counted(evidence)))
+
+    def _enough(self, faces: Sequence[tuple[Verdict, Sequence[Evidence]]]) -> list[Callable[[str], bool]]:
+        """For each face, whether its text needs no further word; empty where that cannot be told."""
+        if not self._pointed_only:
+            return []
+        return [partial(says_all, verdict=v, signs=signs_to_name(v, self._counted(e))) for v, e in faces]
+
+    @property
+    def _pointed_only(self) -> bool:
+        """Whether a text may only name signs that an expert points at: the small model sees no more (LOG.md)."""
+        if self._applied is None or not self._embedded:
+            return False
+        weights = self._applied.weights
+        return any(" " in c for e in self.experts if weights.get(e.card.name) != 0 for c in e.card.covers)
+
+    def _counted(self, evidence: Sequence[Evidence]) -> list[Evidence]:
+        """The evidence of experts that have a weight in the verdict."""
+        return [e for e in evidence if self._applied is None or self._applied.weights.get(e.expert) != 0]
 
     def _with_rationale(self, report: FaceReport, face: Face, text: str) -> FaceReport:
         """The report with its rationale as people read it, and the cues, areas and contradictions in it.
@@ -301,11 +325,7 @@ class Detector:
         """
         verdict = report.verdict
         if self._applied:
-            weights = self._applied.weights
-            # Where an expert points at cues, the small model sees no more: signs of its own were wrong (LOG.md).
-            pointing = any(" " in c for e in self.experts if weights.get(e.card.name) != 0 for c in e.card.covers)
-            counted = [e for e in report.evidence if weights.get(e.expert) != 0]
-            text = readable(text, verdict, counted, pointed_only=self._embedded and pointing)
+            text = readable(text, verdict, self._counted(report.evidence), pointed_only=self._pointed_only)
         cues = read_cues(text)
         conflicts = contradictions(text, verdict.label, self._under_prompt_names(report.evidence), cues, verdict.kind)
         return replace(report, rationale=text, cues=cues, contradictions=conflicts, areas=_areas(face, cues))

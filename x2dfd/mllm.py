@@ -105,6 +105,7 @@ class LanguageModel(Protocol):
         *,
         turns: Sequence[tuple[str, str]] = (),
         on_text: Callable[[str], None] | None = None,
+        enough: Sequence[Callable[[str], bool]] = (),
     ) -> list[str]: ...
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo: ...
 
@@ -306,11 +307,12 @@ class LocalMLLM:
         turns: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = MAX_NEW_TOKENS,
         on_text: Callable[[str], None] | None = None,
+        enough: Sequence[Callable[[str], bool]] = (),
     ) -> list[str]:
         """The new text that continues each picture's answer after its start.
 
-        `on_text` gets the first picture's text so far after every token. An answer ends when a dozen tokens repeat; a
-        repeated sentence is kept once.
+        `on_text` gets the first picture's text so far after every token. An answer ends when a dozen tokens repeat, and
+        when its text is `enough`, if there is such a check for each picture; a repeated sentence is kept once.
         """
         suffixes = [self._suffix(q, s, turns) for q, s in zip(questions, starts, strict=True)]
         state = self._run_suffixes(encoding, suffixes)
@@ -329,6 +331,8 @@ class LocalMLLM:
                     if token in ends or _repeats(tokens_of[row]):
                         open_rows[row] = False
                         del tokens_of[row][-1 if token in ends else -CIRCLE :]
+                    elif enough and enough[row](self._text_of(tokens_of[row])):
+                        open_rows[row] = False
             if on_text is not None:
                 on_text(self._text_of(tokens_of[0]))
             if not any(open_rows):

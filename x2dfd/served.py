@@ -240,8 +240,10 @@ class ServedMLLM:
         turns: Sequence[tuple[str, str]] = (),
         max_new_tokens: int = MAX_TOKENS,
         on_text: Callable[[str], None] | None = None,
+        enough: Sequence[Callable[[str], bool]] = (),
     ) -> list[str]:
-        """The continuation of each `start`, without it. `on_text` is called once, with the whole first one."""
+        """The continuation of each `start`, without it. `on_text` is called once, with the whole first one. `enough` is
+        not asked: every answer comes whole."""
 
         async def continuation(url: str, question: str, start: str) -> str:
             messages = self._messages(url, question, start, turns=turns)

@@ -34,6 +34,10 @@ _CLAUSES = {
     "compression": "square blocks show in {a}",
 }
 _OPENINGS = {"whole": "The face looks generated as a whole", "part": "A part of the photo looks changed"}
+_CLOSINGS = ("This ", "That ", "An untouched ", "A camera ", "A generator ", "A face swap ", "Face reenactment ",
+             "Face editing ", "Entire face synthesis ")  # fmt: skip
+"""Beginnings of the sentences that close training answers and name no sign (data_gen/words/grammar.json)."""
+Sign = tuple[str, str]  # area, artifact
 _LABEL = re.compile(rf"\b(?:{'|'.join(AREAS)}) (?:{'|'.join(ARTIFACTS)}): ", re.IGNORECASE)
 
 
@@ -62,30 +66,47 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_
         return undecided(verdict, evidence)
     if verdict.label == "real":
         return f"{_search_sentence(evidence)} None were found."
-    sentences = sentences_of(mended(prompts.without_experts(text)))
-    cue_sentences = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
-    if pointed_only:
-        pointed = {(c.area, c.artifact) for e in evidence for c in e.cues}
-        cue_sentences = [s for s in cue_sentences if {(c.area, c.artifact) for c in read_cues(s)} <= pointed]
-    cue_sentences = _each_once(cue_sentences)
+    cue_sentences = _cue_sentences(text, verdict, signs_to_name(verdict, evidence) if pointed_only else None)
     if not cue_sentences:
         return called_fake(verdict, evidence)
     text = " ".join([f"{_opening(verdict)}.", *cue_sentences])
-    pairs = [(c.area, c.artifact) for c in read_cues(text)]
+    named = _signs_of(text)
     cues = _nameable_cues(verdict, evidence, MIN_FURTHER)
-    further = [c for c in cues if (c.area, c.artifact) not in pairs][: max(MAX_CUES - len(pairs), 0)]
+    further = [c for c in cues if (c.area, c.artifact) not in named][: max(MAX_CUES - len(named), 0)]
     return f"{text} {_sentence(further)}" if further else text
+
+
+def signs_to_name(verdict: Verdict, evidence: Sequence[Evidence]) -> frozenset[Sign]:
+    """The signs that an expert points at and a text may name of a face that is called fake."""
+    return frozenset((c.area, c.artifact) for e in evidence for c in e.cues if not _names_area([c], verdict))
+
+
+def says_all(text: str, verdict: Verdict, signs: frozenset[Sign]) -> bool:
+    """Whether the unfinished text of a language model needs no further word, as `readable` keeps sentences on `signs`
+    alone: all are named, or some, and the closing sentence begins."""
+    named = _signs_of(" ".join(_cue_sentences(text, verdict, signs)))
+    return named >= signs if text.endswith(".") else bool(named) and sentences_of(text)[-1].startswith(_CLOSINGS)
+
+
+def _cue_sentences(text: str, verdict: Verdict, signs: frozenset[Sign] | None) -> list[str]:
+    """The sentences of a language model's text that name a sign and may stay; only those on `signs`, if given."""
+    sentences = sentences_of(mended(prompts.without_experts(text)))
+    kept = [_without_label(s) for s in sentences if read_cues(s) and not against(s, verdict)]
+    return _each_once([s for s in kept if signs is None or _signs_of(s) <= signs])
+
+
+def _signs_of(text: str) -> set[Sign]:
+    return {(c.area, c.artifact) for c in read_cues(text)}
 
 
 def _each_once(sentences: Sequence[str]) -> list[str]:
     """The sentences that name a sign which none before them names. Each ends; the last of a cut-off text does not."""
-    named: set[tuple[str, str]] = set()
+    named: set[Sign] = set()
     kept = []
     for sentence in sentences:
-        pairs = {(c.area, c.artifact) for c in read_cues(sentence)}
-        if not pairs <= named:
+        if not _signs_of(sentence) <= named:
             kept.append(sentence if sentence.endswith((".", "!", "?")) else sentence.rstrip(" ,:;") + ".")
-        named |= pairs
+        named |= _signs_of(sentence)
     return kept
 
 
@@ -97,8 +118,7 @@ def sentences_of(text: str) -> list[str]:
 def _without_label(sentence: str) -> str:
     """The sentence without the cue's name in front, where the rest says the same."""
     rest = _LABEL.sub("", sentence)
-    same = {(c.area, c.artifact) for c in read_cues(rest)} == {(c.area, c.artifact) for c in read_cues(sentence)}
-    return rest[:1].upper() + rest[1:] if same else sentence
+    return rest[:1].upper() + rest[1:] if _signs_of(rest) == _signs_of(sentence) else sentence
 
 
 def _opening(verdict: Verdict) -> str:

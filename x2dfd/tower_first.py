@@ -70,9 +70,10 @@ class TowerFirst:
         *,
         turns: Sequence[tuple[str, str]] = (),
         on_text: Callable[[str], None] | None = None,
+        enough: Sequence[Callable[[str], bool]] = (),
     ) -> list[str]:
         """As LocalMLLM.write."""
-        return self.whole.write(encoding, questions, starts, turns=turns, on_text=on_text)
+        return self.whole.write(encoding, questions, starts, turns=turns, on_text=on_text, enough=enough)
 
     def yes_no(self, crop: NDArray[np.uint8], questions: Sequence[str], /) -> YesNo:
         """As LocalMLLM.yes_no."""
