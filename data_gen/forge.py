@@ -32,7 +32,7 @@ __all__ = [
     "untouched",
 ]
 
-FORGE_VERSION = 5
+FORGE_VERSION = 6
 """Goes up when the same seed gives another picture or truth about it; runs of other versions are not resumed."""
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from x2dfd.degrade import Pixels, Rng, soft
 from x2dfd.faces import Array
 
-DRAWING_VERSION = 2
+DRAWING_VERSION = 3
 """Raise it when the same generator state gives other pixels: cached features of drawings are then computed anew."""
 
 
@@ -28,7 +28,13 @@ def drawing(crop: Pixels, rng: Rng) -> Pixels:
 
 
 def _painted(x: Pixels, rng: Rng) -> Array:
-    return np.asarray(cv2.stylization(x, sigma_s=rng.uniform(20, 80), sigma_r=rng.uniform(0.3, 0.7)))
+    small = cv2.stylization(_half(x), sigma_s=rng.uniform(10, 40), sigma_r=rng.uniform(0.3, 0.7))
+    return np.asarray(cv2.resize(small, x.shape[1::-1], interpolation=cv2.INTER_CUBIC))
+
+
+def _half(x: Pixels) -> Array:
+    """At half the size, where these filters take a fourth of the time."""
+    return np.asarray(cv2.resize(x, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
 
 
 def _sketched(x: Pixels, rng: Rng) -> Array:
@@ -50,10 +56,8 @@ def _cartoon(x: Pixels, rng: Rng) -> Array:
 
 def _flat(x: Pixels, rng: Rng) -> Array:
     """A handful of colours, in patches."""
-    # Half the size, and two rounds where OpenCV makes five: a tenth of the time.
-    rounds = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 2, 1)
-    small = cv2.resize(x, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    small = cv2.pyrMeanShiftFiltering(small, int(rng.integers(3, 7)), int(rng.integers(15, 40)), termcrit=rounds)
+    rounds = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, 2, 1)  # OpenCV makes five, for little
+    small = cv2.pyrMeanShiftFiltering(_half(x), int(rng.integers(3, 7)), int(rng.integers(15, 40)), termcrit=rounds)
     smooth = cv2.resize(small, x.shape[1::-1], interpolation=cv2.INTER_LINEAR)
     levels = int(rng.integers(4, 9))
     return (
