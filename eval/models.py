@@ -176,7 +176,7 @@ def experts_alone(name: str | None) -> Detector:
     if name is None:
         card, calibration = read_adapter_card(EMBEDDED), Calibration.load(EMBEDDED)
         expected = expert_hashes(card, calibration)
-        experts = [load_expert(n, EMBEDDED / "experts") for n in expected if calibration.weights.get(n, 0) > 0]
+        experts = [load_expert(n, EMBEDDED / "experts") for n in expected if calibration.counts(n)]
         if mismatched := [e.card.name for e in experts if expected[e.card.name] != e.card.sha256]:
             raise X2DFDError(
                 f"no fusion: the calibration was fitted with other weights of {', '.join(mismatched)}",

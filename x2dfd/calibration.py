@@ -106,6 +106,10 @@ class Calibration:
         names |= dict.fromkeys(self.fitted_on.get("experts", {}))
         return {n: max(logistic.weights.get(n, 0.0) for logistic in self.kinds.values()) for n in names}
 
+    def counts(self, name: str) -> bool:
+        """Whether an expert's score, or the MLLM's, has a weight in the verdict."""
+        return self.weights.get(name, 0.0) > 0
+
     def by_kind(self, logits: Logits) -> dict[str, float]:
         """P(fake of this kind) for each fitted kind."""
         return {kind: logistic(logits[kind]) for kind, logistic in self.kinds.items()}

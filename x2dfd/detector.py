@@ -261,7 +261,7 @@ class Detector:
                 questions = self._questions(evidence)
                 logits: list[float | None] = [None] * len(batch)
                 # Where its number has no weight, the MLLM is asked for rationales alone.
-                if self._applied is None or self._applied.weights.get(MLLM, 0.0) > 0:
+                if self._applied is None or self._applied.counts(MLLM):
                     logits = [float(v) for v in self._mllm_logits(encoding, questions)]
                     clock.lap("verdict")
                 verdicts = [self._verdict(logit, row) for logit, row in zip(logits, evidence, strict=True)]
@@ -311,12 +311,12 @@ class Detector:
         """Whether a text may only name signs that an expert points at: the small model sees no more (LOG.md)."""
         if self._applied is None or not self._embedded:
             return False
-        weights = self._applied.weights
-        return any(" " in c for e in self.experts if weights.get(e.card.name) != 0 for c in e.card.covers)
+        counted = (e.card for e in self.experts if self._applied.counts(e.card.name))
+        return any(" " in covered for card in counted for covered in card.covers)
 
     def _counted(self, evidence: Sequence[Evidence]) -> list[Evidence]:
         """The evidence of experts that have a weight in the verdict."""
-        return [e for e in evidence if self._applied is None or self._applied.weights.get(e.expert) != 0]
+        return [e for e in evidence if self._applied is None or self._applied.counts(e.expert)]
 
     def _with_rationale(self, report: FaceReport, face: Face, text: str) -> FaceReport:
         """The report with its rationale as people read it, and the cues, areas and contradictions in it.
@@ -361,7 +361,7 @@ class Detector:
 
     def _verdict(self, mllm_logit: float | None, evidence: Sequence[Evidence]) -> Verdict:
         applied = self._applied
-        deciding = [e for e in evidence if applied is None or applied.weights.get(e.expert, 0.0) > 0]
+        deciding = self._counted(evidence)
         if any(e.no_photo is not None and e.no_photo >= NO_PHOTO for e in deciding):
             return Verdict("inconclusive", None, "not_a_photograph")
         if applied is None:

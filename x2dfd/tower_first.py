@@ -82,7 +82,7 @@ class TowerFirst:
 
 def tower_decides(card: AdapterCard, calibration: Calibration | None, mode: str) -> bool:
     """Whether a verdict reads nothing of the MLLM but its forensic tower."""
-    reads_mllm = mode == "paper" or calibration is None or calibration.weights.get(MLLM, 0.0) > 0
+    reads_mllm = mode == "paper" or calibration is None or calibration.counts(MLLM)
     return not reads_mllm and card.tower == FORENSIC and card.weights != WHOLE
 
 

@@ -181,7 +181,7 @@ class Panel:
         """The verdict of the experts together; None where no expert with a weight has a score."""
         names = (MLLM, *(e.card.name for e in self.experts))
         available = {n: score for n in names if (score := scores.get(n)) is not None}
-        if self.calibration is None or not any(self.calibration.weights.get(name, 0) > 0 for name in available):
+        if self.calibration is None or not any(map(self.calibration.counts, available)):
             return None
         p_mllm = available.pop(MLLM, None)
         covers = {e.card.name: e.card.covers for e in self.experts}
