@@ -41,19 +41,19 @@ BLOCK = re.compile(r"(<!-- families -->\n).*?(<!-- /families -->)", re.DOTALL)
 
 
 def table(junit: Path) -> str:
-    """The Markdown table of a run's JUnit file. Raises SystemExit where a test failed or was not run."""
+    """The Markdown table of a run's JUnit file. Raises X2DFDError where a test failed or was not run."""
     cells: dict[str, dict[str, str]] = {}
     for case in ElementTree.parse(junit).iter("testcase"):
         test, bracket, family = str(case.get("name")).rstrip("]").partition("[")
         if test not in COLUMNS or not bracket:
             continue
         if case.find("failure") is not None or case.find("error") is not None:
-            raise SystemExit(f"{family}: {test} failed; a table is made of a run that passed")
+            raise X2DFDError(f"{family}: {test} failed; a table is made of a run that passed", code="test_failed")
         skipped = case.find("skipped")
         needs = re.search(r"pip install (.+?)$", skipped.get("message") or "") if skipped is not None else None
         cells.setdefault(family, {})[test] = "✓" if skipped is None else f"needs {needs[1]}" if needs else "not run"
     if not cells or any(row.keys() != COLUMNS.keys() for row in cells.values()):
-        raise SystemExit(f"{junit} does not hold a whole run of tests/test_families.py")
+        raise X2DFDError(f"{junit} does not hold a whole run of tests/test_families.py", code="run_incomplete")
     lines = [["family", *COLUMNS.values()], ["---"] * (1 + len(COLUMNS))]
     lines += [[family, *(row[test] for test in COLUMNS)] for family, row in cells.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -184,7 +184,9 @@ def run(
         Path, typer.Option(help="folder whose subfolders hold experts that were trained without some sources")
     ],
     data: Annotated[list[Path], typer.Option(help="manifest; give it again for more")],
-    model: Annotated[Path, typer.Option(help="adapter directory, for its calibration and experts")] = EMBEDDED,
+    model: Annotated[
+        Path, typer.Option(help="adapter directory, for its calibration and experts", show_default="embedded")
+    ] = EMBEDDED,
     limit: Annotated[int, typer.Option(min=1, help="at most this many pictures of a source, generator or method")] = 60,
     out: Annotated[Path, typer.Option(help="result file")] = Path("build/rotation.json"),
 ) -> None:

@@ -381,7 +381,9 @@ def faults(name: str, result: Result) -> list[str]:
 def main(
     check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 when a table differs")] = False,
     pages: Annotated[list[Path] | None, typer.Option(help="pages to fill; default: README.md, eval/RESULTS.md")] = None,
-    results: Annotated[Path, typer.Option(help="folder of result files")] = ROOT / "eval" / "results",
+    results: Annotated[Path, typer.Option(help="folder of result files", show_default="eval/results")] = ROOT
+    / "eval"
+    / "results",
 ) -> None:
     """Write the tables of the pages from the result files, or check that they are theirs."""
     try:

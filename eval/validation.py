@@ -111,7 +111,7 @@ def _summary(run: Path, remark: str, result: Json, rows: Sequence[Json]) -> Vali
 
 def main(
     run: Annotated[Path, typer.Option(help="--out of a finished run_bench.py detect")],
-    model: Annotated[Path, typer.Option(help="adapter directory; default: embedded")] = EMBEDDED,
+    model: Annotated[Path, typer.Option(help="adapter directory", show_default="embedded")] = EMBEDDED,
     remark: Annotated[
         str, typer.Option(help="a sentence for readers, such as what the model knew of the pictures")
     ] = "",

@@ -648,6 +648,19 @@ def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.Mon
     assert checks["face model face_detection_full_range_sparse"].detail == "missing"
 
 
+def test_doctor_says_whether_int8_has_its_ranges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Bug prevented: an installation without them that is found sound, and fails at the first `--dtype int8`."""
+    from x2dfd import doctor
+
+    assert [(check.name, check.ok) for check in doctor._ranges()] == [
+        ("int8 CLIP", True),
+        ("int8 forensic tower", True),
+    ]
+    monkeypatch.setattr("x2dfd.tower.CLIP_RANGES", tmp_path / "clip")
+    lacking, present = doctor._ranges()
+    assert present.ok and lacking.ok is False and "clip.int8.safetensors" in lacking.detail and lacking.mend
+
+
 def test_a_long_help_is_in_panels(run: Run) -> None:
     """Bug prevented: two dozen options in one list, in which nobody finds the one that he needs."""
     shown = run("detect", "--help").stdout

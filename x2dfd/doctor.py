@@ -59,6 +59,7 @@ def diagnose() -> list[Check]:
         ("base model", _parts),
         ("embedded model", _embedded),
         ("experts", _experts),
+        ("int8", _ranges),
         ("cache", _cache),
     )
     checks: list[Check] = []
@@ -206,6 +207,20 @@ def _embedded() -> Iterator[Check]:
         facts["size"] = _size(weights.stat().st_size)
         detail = f"{card.get('name', 'unnamed')}: " + ("present" if whole else "its SHA-256 is not that of its card")
         yield Check("embedded model", whole, detail, None if whole else REINSTALL, facts)
+
+
+def _ranges() -> Iterator[Check]:
+    """The ranges that `--dtype int8` needs, of CLIP as it is and of the embedded model's tower."""
+    from x2dfd.adapter import EMBEDDED, TOWER
+    from x2dfd.tower import ranges_file, read_ranges
+
+    for name, additions in (("CLIP", None), ("forensic tower", EMBEDDED / TOWER)):
+        try:
+            read_ranges(additions)
+        except SetupError as error:
+            yield Check(f"int8 {name}", False, str(error), REINSTALL)
+        else:
+            yield Check(f"int8 {name}", True, f"{ranges_file(additions).name}: present, and of this tower")
 
 
 def _experts() -> Iterator[Check]:
