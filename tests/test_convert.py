@@ -257,7 +257,9 @@ def test_a_published_adapter_is_asked_as_it_was_trained(
         return plain(encoding, questions)
 
     monkeypatch.setattr(detector.mllm, "verdict_logits", heard)
-    monkeypatch.setattr(detector.mllm, "write", lambda *_: ["It shows obvious blending artifacts supporting fake."])
+    monkeypatch.setattr(
+        detector.mllm, "write", lambda *_, **__: ["It shows obvious blending artifacts supporting fake."]
+    )
     report = detector.detect(face_photo)
     first, second = report.evidence
     assert (first.expert, second.expert) == (tiny.EXPERT, "darkness")
