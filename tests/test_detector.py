@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -427,10 +427,12 @@ def test_the_embedded_model_writes_only_where_its_words_may_stay(
 ) -> None:
     """Bug prevented: seconds spent on a text of which nothing stays, or a text that is not written at all."""
     asked: list[str] = []
+    checks: list[Callable[[str], bool]] = []
     write = detector.mllm.write
 
-    def writing(encoding: object, questions: Sequence[str], *args: object, **named: object) -> list[str]:
+    def writing(encoding: object, questions: Sequence[str], *args: object, **named: Any) -> list[str]:
         asked.extend(questions)
+        checks.extend(named["enough"])
         return write(encoding, questions, *args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(detector.mllm, "write", writing)
@@ -446,7 +448,31 @@ def test_the_embedded_model_writes_only_where_its_words_may_stay(
 
     assert detector.detect(face_photo).rationale and asked == []
     monkeypatch.setattr(expert, "judge", pointing)
-    assert "jaw" in detector.detect(face_photo).rationale and len(asked) == 1
+    assert detector.detect(face_photo).rationale and len(asked) == 1
+    assert [check("Jaw blending: a seam runs along the jaw.") for check in checks] == [True]
+    assert not checks[0]("Nose noise: the nose is grainy.")
+    quick = detector.detect(face_photo, rationale=False)
+    assert detector.explain(quick, face_photo).rationale and len(asked) == len(checks) == 2
+
+
+def test_the_text_of_no_other_face_is_streamed(
+    detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: the text on a bystander runs over the screen where the face that decided needs no writing."""
+    quick = detector.detect(face_photo, rationale=False)
+    [first], found = quick.faces, intake.faces_of_report(quick, face_photo, detector.info.crop_size)
+    fakes = [replace(first, index=k, verdict=Verdict("fake", p, None, "part")) for k, p in enumerate((0.99, 0.85))]
+    monkeypatch.setattr("x2dfd.detector.faces_of_report", lambda *_: [found[0], found[0]])
+    monkeypatch.setattr(detector, "_gets_rationale", lambda verdict, _: verdict.p_fake == 0.85)
+    streamed: list[object] = []
+
+    def writing(*_: object, on_text: object, **__: object) -> list[str]:
+        streamed.append(on_text)
+        return ["It is odd."]
+
+    monkeypatch.setattr(detector.mllm, "write", writing)
+    detector.explain(replace(quick, faces=tuple(fakes)), face_photo, on_text=print)
+    assert streamed == [None]
 
 
 def test_texts_are_mended_but_in_the_papers_mode(

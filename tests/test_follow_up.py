@@ -97,7 +97,7 @@ def test_a_text_names_every_sign_that_an_expert_is_sure_of() -> None:
 
 
 def test_a_text_is_cut_off_only_where_the_rest_would_be_left_out() -> None:
-    """Bug prevented: a second sign lost for half a tenth of a second, or seconds spent on words that nobody sees."""
+    """Bug prevented: a second sign lost for a tenth of a second, or seconds spent on words that nobody sees."""
     fake, points = Verdict("fake", 0.9, None, "part"), (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.85))
     experts = (Evidence("tower", 0.96, cues=points),)
     signs = signs_to_name(fake, experts)
@@ -107,9 +107,9 @@ def test_a_text_is_cut_off_only_where_the_rest_would_be_left_out() -> None:
     ends = next(p for p in prefixes if says_all(p, fake, signs))
     assert ends == "Nose noise: the nose looks grainy. Jaw blending: a seam runs along the jaw."
     assert readable(ends, fake, experts, pointed_only=True) == readable(text, fake, experts, pointed_only=True)
-    one = "Nose noise: the nose looks grainy. This "
-    assert says_all(one, fake, signs) and not says_all(one[:-6], fake, signs) and not says_all("This ", fake, signs)
-    assert not says_all("Skin blur: the skin is blurred. This ", fake, signs)  # nothing of it stays
+    one = "Nose noise: the nose looks grainy. This"
+    assert says_all(one, fake, signs) and not says_all(one[:-5], fake, signs) and not says_all("This", fake, signs)
+    assert not says_all("Skin blur: the skin is blurred. This", fake, signs)  # nothing of it stays
     whole = Verdict("fake", 0.9, None, "whole")
     assert signs_to_name(whole, (Evidence("tower", 0.96, cues=(*points, Cue("whole-image", "frequency", 0.9))),)) == {
         ("whole-image", "frequency")

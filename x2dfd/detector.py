@@ -177,13 +177,14 @@ class Detector:
             batch = order[i : i + self.mllm.batch]
             texts = dict.fromkeys((f.index for f in batch), "")
             if selected := [f for f in batch if self._gets_rationale(f.verdict, f.evidence)]:
+                streamed = selected[0] is batch[0] and batch[0].verdict.label == "fake"  # other texts are mended
                 crops = np.stack([f.view for f in through_codec([found_faces[f.index].face for f in selected])])
                 with self._encoded(crops) as encoding:
                     rationales = self.mllm.write(
                         encoding,
                         self._questions([f.evidence for f in selected]),
                         [prompts.rationale_start(f.verdict.side) for f in selected],
-                        on_text=on_text if i == 0 and batch[0].verdict.label == "fake" else None,  # others are mended
+                        on_text=on_text if i == 0 and streamed else None,
                         enough=self._enough([(f.verdict, f.evidence) for f in selected]),
                     )
                 texts |= zip((f.index for f in selected), rationales, strict=True)
@@ -294,14 +295,16 @@ class Detector:
         return reports
 
     def _gets_rationale(self, verdict: Verdict, evidence: Sequence[Evidence]) -> bool:
-        """Whether the MLLM writes a face's rationale; a face not called fake gets a fixed text on what was assessed,
-        and one with no sign that a text may name gets one written from the experts' evidence."""
-        if self._applied is None or verdict.label != "fake":
-            return self._applied is None
+        """Whether the MLLM writes a face's text. In calibrated mode it writes none for a face that is not called fake,
+        nor one of which nothing would stay."""
+        if self._applied is None:
+            return True
+        if verdict.label != "fake":
+            return False
         return not self._pointed_only or bool(signs_to_name(verdict, self._counted(evidence)))
 
     def _enough(self, faces: Sequence[tuple[Verdict, Sequence[Evidence]]]) -> list[Callable[[str], bool]]:
-        """For each face, whether its text needs no further word; empty where that cannot be told."""
+        """For each face, whether its text needs no further word; empty where a text is written to its end."""
         if not self._pointed_only:
             return []
         return [partial(says_all, verdict=v, signs=signs_to_name(v, self._counted(e))) for v, e in faces]

@@ -220,7 +220,7 @@ def _ranges() -> Iterator[Check]:
         except SetupError as error:
             yield Check(f"int8 {name}", False, str(error), REINSTALL)
         else:
-            yield Check(f"int8 {name}", True, f"{ranges_file(additions).name}: present, and of this tower")
+            yield Check(f"int8 {name}", True, f"{ranges_file(additions).name}: present, and measured on this model")
 
 
 def _experts() -> Iterator[Check]:

@@ -36,7 +36,7 @@ _CLAUSES = {
 _OPENINGS = {"whole": "The face looks generated as a whole", "part": "A part of the photo looks changed"}
 _CLOSINGS = ("This ", "That ", "An untouched ", "A camera ", "A generator ", "A face swap ", "Face reenactment ",
              "Face editing ", "Entire face synthesis ")  # fmt: skip
-"""Beginnings of the sentences that close training answers and name no sign (data_gen/words/grammar.json)."""
+"""Beginnings of most sentences that close training answers; none names a sign (data_gen/words/grammar.json)."""
 Sign = tuple[str, str]  # area, artifact
 _LABEL = re.compile(rf"\b(?:{'|'.join(AREAS)}) (?:{'|'.join(ARTIFACTS)}): ", re.IGNORECASE)
 
@@ -82,10 +82,13 @@ def signs_to_name(verdict: Verdict, evidence: Sequence[Evidence]) -> frozenset[S
 
 
 def says_all(text: str, verdict: Verdict, signs: frozenset[Sign]) -> bool:
-    """Whether the unfinished text of a language model needs no further word, as `readable` keeps sentences on `signs`
-    alone: all are named, or some, and the closing sentence begins."""
+    """Whether an unfinished text can stop: a sentence has ended and every sign is named, or one is named and a closing
+    sentence begins. `readable` would leave out the rest; a sign after a closing sentence, as no training answer has
+    one, is given up."""
     named = _signs_of(" ".join(_cue_sentences(text, verdict, signs)))
-    return named >= signs if text.endswith(".") else bool(named) and sentences_of(text)[-1].startswith(_CLOSINGS)
+    if text.endswith((".", "!", "?")):
+        return named >= signs
+    return bool(named) and f"{sentences_of(text)[-1]} ".startswith(_CLOSINGS)
 
 
 def _cue_sentences(text: str, verdict: Verdict, signs: frozenset[Sign] | None) -> list[str]:
