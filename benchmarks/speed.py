@@ -386,10 +386,10 @@ def of_detector(detector: Any, threads: int, tower_alone: bool) -> list[Listed]:
         detector.detect(next(turns), rationale=rationale)
 
     def explained() -> None:
-        """The picture must be called fake, because a real one gets a fixed text."""
+        """The language model must write, which it does for a fake with a sign that an expert points at."""
         report = detector.detect(next(forged_turns))
-        if report.verdict.label != "fake":
-            raise X2DFDError("the forged picture is not called fake: no text was written", code="no_text")
+        if "rationale" not in report.timings:
+            raise X2DFDError("the language model wrote no text about the forged picture", code="no_text")
 
     weights = (require("base") / "model.safetensors").stat().st_size
 
