@@ -215,8 +215,8 @@ class Behind:
     And as an engine it adds no begin token to a chat that asks for none.
     """
 
-    def __init__(self, local: LocalMLLM, tell: int = 20) -> None:
-        self.local, self.tell = local, tell
+    def __init__(self, local: LocalMLLM) -> None:
+        self.local = local
 
     def _rendered(self, request: Request) -> str:
         messages = [dict(m) for m in request["messages"]]
@@ -247,6 +247,6 @@ class Behind:
                 new = out[0, inputs["input_ids"].shape[1] :]
                 return Reply(self.local.tokenizer.decode(new, skip_special_tokens=True))
             row = model(**inputs).logits[0, -1].double().log_softmax(-1)
-        ids = request.get("logprob_token_ids") or row.topk(self.tell).indices.tolist()
+        ids = request.get("logprob_token_ids") or row.topk(20).indices.tolist()
         word = self.local.tokenizer.decode([int(row.argmax())])
         return Reply(word, {self.local.tokenizer.decode([i]): float(row[i]) for i in ids})

@@ -162,7 +162,7 @@ def ready_or_failure(
     try:
         return ready(source, frames, side, on_progress=on_progress)
     except InputError as error:
-        return Ready(failure_of(source, error), {}, [], [], {})
+        return Ready(_failure(source, error), {}, [], [], {})
 
 
 @isolated
@@ -177,12 +177,10 @@ def faces_of_report(report: Report, source: Source, side: int = CROP_SIZE) -> li
     return search.faces
 
 
-def failure_of(source: Source, error: InputError) -> Failure:
+def _failure(source: Source, error: InputError) -> Failure:
     path = str(source) if isinstance(source, str | Path) else None
-    digest = None
-    if isinstance(source, bytes):
-        digest = hashlib.sha256(source).hexdigest()
-    elif path is not None and error.code != "file_too_large":
+    digest = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else None
+    if path is not None and error.code != "file_too_large":
         with contextlib.suppress(OSError):  # an unreadable file has no hash
             digest = file_sha256(Path(path)) if Path(path).is_file() else None
     return Failure(path, digest, error.code, error.reason)

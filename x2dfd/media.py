@@ -58,10 +58,10 @@ def load_media(
             media: Picture | Video
             if kind == "video":
                 media = load_video(file, name, max_frames, keep, path)
+            elif (opened := open_image(file, name)).n_frames > 1 and name in MOVING:
+                media = load_animation(opened, max_frames, keep, path)
             else:
-                opened = open_image(file, name)
-                moving = opened.n_frames > 1 and name in MOVING
-                media = load_animation(opened, max_frames, keep, path) if moving else decode(opened, path)
+                media = decode(opened, path)
             return replace(media, file=_file_facts(file, path) | media.file)
 
 
