@@ -127,13 +127,13 @@ class _Endpoint(_Handler):
 class StandIn(_Server):
     """The server; use it as a context.
 
-    `answer`: from the request's JSON to a Reply. `tokenize`: from messages and the two template options to token ids,
-    as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine that it passes for.
+    `answer`: from the request's JSON to a Reply, or one for all. `tokenize`: from messages and the two template options
+    to token ids, as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine it passes for.
     """
 
     def __init__(
         self,
-        answer: Callable[[Request], Reply],
+        answer: Callable[[Request], Reply] | Reply,
         *,
         models: Sequence[str] | None = ("m",),
         owned_by: str = "vllm",
@@ -141,7 +141,8 @@ class StandIn(_Server):
         key: str | None = None,
     ) -> None:
         super().__init__(_Endpoint)
-        self.answer, self.models, self.owned_by, self.tokenize, self.key = answer, models, owned_by, tokenize, key
+        self.answer = (lambda _: answer) if isinstance(answer, Reply) else answer
+        self.models, self.owned_by, self.tokenize, self.key = models, owned_by, tokenize, key
         self.requests: list[Request] = []  # for a completion
         self.now = self.most = 0  # under way, now and at most
         self.lock = threading.Lock()

@@ -34,8 +34,9 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.faces import find_faces
 from x2dfd.fetch import BASE_NAME
-from x2dfd.media import Picture, Video, find_media, load_media
+from x2dfd.media import Picture, Video, load_media
 from x2dfd.mllm import LocalMLLM
+from x2dfd.paths import find_media
 from x2dfd.texts import readable
 from x2dfd.types import Cue, Evidence, Failure, Report, Verdict
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from skimage.data import astronaut
 
@@ -25,17 +24,9 @@ from tests import fuzz
 from tests.pictures import clip_of, encoded, png_of
 from tests.raising import raises
 from x2dfd.errors import InputError
-from x2dfd.media import (
-    MAX_BYTES,
-    MAX_PIXELS,
-    Picture,
-    Source,
-    Video,
-    find_media,
-    load_media,
-    load_picture,
-    media_summary,
-)
+from x2dfd.media import Picture, Source, Video, load_media, load_picture, media_summary
+from x2dfd.paths import find_media
+from x2dfd.sniffing import MAX_BYTES, MAX_PIXELS
 
 av = pytest.importorskip("av")
 
@@ -367,11 +358,6 @@ def test_damaged_files_print_and_warn_nothing(kind: str, capfd: pytest.CaptureFi
 # --- videos -------------------------------------------------------------------------------------------------------
 
 
-def grey_index(pixels: NDArray[np.uint8]) -> float:
-    """Which frame of `clip` this is."""
-    return float((pixels.mean() - 40) / 4)
-
-
 @pytest.mark.parametrize(
     ("container", "codec", "b_frames", "format"),
     [
@@ -396,7 +382,8 @@ def test_frames_are_evenly_spaced(container: str, codec: str, b_frames: int, for
     assert (video.format, video.n_frames, video.width, video.height) == (format, 50, 128, 64)
     assert [frame.index for frame in video.frames] == [5, 15, 25, 35, 45]
     assert [frame.time_s for frame in video.frames] == pytest.approx([0.2, 0.6, 1.0, 1.4, 1.8], abs=0.002)
-    assert [grey_index(frame.pixels) for frame in video.frames] == pytest.approx([5, 15, 25, 35, 45], abs=0.7)
+    seen = [float(frame.pixels.mean() - 40) / 4 for frame in video.frames]  # which frame of `clip` each is
+    assert seen == pytest.approx([5, 15, 25, 35, 45], abs=0.7)
     assert video.duration_s == pytest.approx(2.0, abs=0.05)
     assert video.notes == ()
 

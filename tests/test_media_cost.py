@@ -15,7 +15,7 @@ from tests import fuzz
 from tests.pictures import encoded, png_begin, png_chunk
 from tests.raising import raises
 from x2dfd import sniffing, stills
-from x2dfd.media import MAX_PIXELS, load_media, load_picture
+from x2dfd.media import load_media, load_picture
 
 SECONDS = 5.0  # of CPU, generously: each took a fraction of one when it was written, and 15 or more before
 
@@ -84,7 +84,7 @@ def test_a_small_tiff_of_many_pixels_stays_within_memory(kind: str) -> None:
 @pytest.mark.parametrize("size", [(8160, 6144), (12_000, 9_000)])
 def test_a_large_photo_is_decoded_at_reduced_size(size: tuple[int, int]) -> None:
     """Telephones make 50 and 108 megapixels; refusing them refuses the very file that a forensic check needs."""
-    assert size[0] * size[1] > MAX_PIXELS
+    assert size[0] * size[1] > sniffing.MAX_PIXELS
     picture = Image.new("RGB", size, (200, 40, 40))
     picture.paste((40, 40, 200), (size[0] // 2, 0, *size))
     seen = load_picture(encoded(picture, "JPEG", quality=50))
