@@ -8,6 +8,7 @@ gives the same mutants.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -28,8 +29,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from skimage.data import astronaut
+
 from tests.pictures import clip_of, encoded
+from x2dfd import case
+from x2dfd.adapter import read_adapter_card
+from x2dfd.calibration import Calibration
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.intake import ready
+from x2dfd.manifest import manifest_paths, read_manifest
+from x2dfd.media import load_media
+from x2dfd.provenance import read_provenance
+from x2dfd.statements import read_statements
+from x2dfd.types import Cue, Evidence
+from x2dfd.validation import Validation
 from x2dfd.worker import Worker
 
 CPU_SECONDS = 2.0
@@ -41,10 +60,6 @@ EMBEDDED = Path(__file__).parents[1] / "x2dfd" / "weights" / "embedded"
 
 def pictures(kind: str) -> list[bytes]:
     """Small files of one format: plain, and with what its parser branches on."""
-    import numpy as np
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
     if kind == "heic":
         import pillow_heif
 
@@ -78,9 +93,6 @@ def pictures(kind: str) -> list[bytes]:
 
 
 def clips(container: str, *codecs: str) -> list[bytes]:
-    import av
-    import numpy as np
-
     noise = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), np.uint8)
     return [
         clip_of(
@@ -94,9 +106,6 @@ def clips(container: str, *codecs: str) -> list[bytes]:
 @cache
 def photos() -> list[bytes]:
     """A photo of a face, small, in the two formats that most photos come in."""
-    from PIL import Image
-    from skimage.data import astronaut
-
     small = Image.fromarray(astronaut()[:240, 100:340]).resize((120, 120))
     return [encoded(small, format, quality=80) for format in ("JPEG", "WEBP")]
 
@@ -121,9 +130,6 @@ def tables(kind: str) -> list[bytes]:
         return found
     if kind == "jsonl":
         return ["".join(json.dumps(row) + "\n" for row in ROWS).encode()]
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     buffer = io.BytesIO()
     pq.write_table(pa.table({key: [row.get(key) for row in ROWS] for key in columns}), buffer)
     return [buffer.getvalue()]
@@ -144,7 +150,6 @@ def validations() -> list[bytes]:
 
 def a_report() -> Any:
     from tests.test_html_report import face, report
-    from x2dfd.types import Cue, Evidence
 
     said = (Evidence("tower", 0.8, cues=(Cue("jaw", "blending", 0.7),), kinds={"whole": 0.1, "part": 0.8}),)
     one = face(evidence=said, crop=((0.0, 0.0), (40.0, 0.0), (0.0, 40.0)))
@@ -174,8 +179,6 @@ def questions() -> list[bytes]:
 
 
 def cases() -> list[bytes]:
-    from x2dfd import case
-
     return [case.dumps([a_report()]).encode()]
 
 
@@ -196,9 +199,6 @@ FACES_OF = 16  # so many mutants of media, one is also searched for faces
 
 
 def media(data: bytes) -> None:
-    from x2dfd.media import load_media
-    from x2dfd.provenance import read_provenance
-
     _warm()
     if zlib.crc32(data) % FACES_OF == 0:
         face(data)
@@ -209,16 +209,12 @@ def media(data: bytes) -> None:
 
 def statements(data: bytes) -> None:
     """Also of pictures that no longer open."""
-    from x2dfd.statements import read_statements
-
     for format in ("JPEG", "PNG", "WEBP", "TIFF"):
         read_statements(data, format)
 
 
 def face(data: bytes) -> None:
     """The whole of what becomes of a file before a model looks: decoded, turned, its faces found and aligned."""
-    from x2dfd.intake import ready
-
     ready(data, 4)
 
 
@@ -245,8 +241,6 @@ def _folder() -> Path:
 
 
 def manifest(path: Path) -> None:
-    from x2dfd.manifest import manifest_paths, read_manifest
-
     first: X2DFDError | None = None
     for read in (read_manifest, lambda one: list(manifest_paths(one))):
         try:
@@ -258,21 +252,15 @@ def manifest(path: Path) -> None:
 
 
 def adapter_card(path: Path) -> None:
-    from x2dfd.adapter import read_adapter_card
-
     read_adapter_card(path.parent)
 
 
 def calibration(path: Path) -> None:
-    from x2dfd.calibration import Calibration
-
     found = Calibration.load(path.parent)
     found.verdict(found.probability({kind: dict.fromkeys(one.means, 1.0) for kind, one in found.kinds.items()}))
 
 
 def validation(path: Path) -> None:
-    from x2dfd.validation import Validation
-
     found = Validation.load(path.parent)
     assert found is not None
     found.likelihood_ratio(0.5)
@@ -280,8 +268,6 @@ def validation(path: Path) -> None:
 
 
 def case_record(path: Path) -> None:
-    from x2dfd import case
-
     report = a_report()
     answering: Any = SimpleNamespace(detect_many=lambda *_, **__: [report], explain=lambda *_: report)
     made = case.read(path)
@@ -319,8 +305,6 @@ def _served() -> tuple[Any, Any]:
 
 
 def endpoint(data: bytes) -> None:
-    import numpy as np
-
     served, _ = _served()
     served._failures = served._refusals = 0
     REPLY[0] = data
@@ -478,11 +462,9 @@ def cost(parse: Callable[[bytes], object], data: bytes) -> tuple[str, float, int
     try:
         parse(data)
     except InputError as error:
-        code = error.code
-        if code == "failed":
-            code = f"unexpected: {error.reason}"
+        code = f"unexpected: {error.reason}" if error.code == "failed" else error.code
     except X2DFDError as error:
-        code = getattr(error, "code", None) or type(error).__name__
+        code = error.code
     except Exception as error:
         code = f"unexpected: {type(error).__name__}: {error}"[:200]
     return code, time.process_time() - start, max(_resident("VmHWM") - resident, 0)
@@ -504,7 +486,7 @@ def run(name: str, seed: int = 0, *, most: int | None = None, seconds: float | N
     target = TARGETS[name]
     # The clock is long: the first call imports what the parser needs, on a machine that may be busy.
     worker = Worker(10 * CPU_SECONDS, 2 << 30, clock=300.0, doing=name, module="tests.fuzz")
-    try:
+    with contextlib.closing(worker):
         # Imports what the parser needs, outside of the measurement.
         first = [worker.call(measured, name, seed_file)[0] for seed_file in target.seeds()]
         until = None if seconds is None else time.monotonic() + seconds
@@ -526,8 +508,6 @@ def run(name: str, seed: int = 0, *, most: int | None = None, seconds: float | N
         for seed_file, before in zip(target.seeds(), first, strict=True):
             if (code := worker.call(measured, name, seed_file)[0]) != before:
                 found.findings.append((f"a seed that gave {before!r} gives {code!r} after all mutants", seed_file))
-    finally:
-        worker.close()
     return found
 
 

@@ -127,13 +127,13 @@ class _Endpoint(_Handler):
 class StandIn(_Server):
     """The server; use it as a context.
 
-    `answer`: from the request's JSON to a Reply. `tokenize`: from messages and the two template options to token ids,
-    as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine that it passes for.
+    `answer`: from the request's JSON to a Reply, or one for all. `tokenize`: from messages and the two template options
+    to token ids, as vLLM's `/tokenize`; without it that address is not there. `owned_by`: the engine it passes for.
     """
 
     def __init__(
         self,
-        answer: Callable[[Request], Reply],
+        answer: Callable[[Request], Reply] | Reply,
         *,
         models: Sequence[str] | None = ("m",),
         owned_by: str = "vllm",
@@ -141,7 +141,8 @@ class StandIn(_Server):
         key: str | None = None,
     ) -> None:
         super().__init__(_Endpoint)
-        self.answer, self.models, self.owned_by, self.tokenize, self.key = answer, models, owned_by, tokenize, key
+        self.answer = (lambda _: answer) if isinstance(answer, Reply) else answer
+        self.models, self.owned_by, self.tokenize, self.key = models, owned_by, tokenize, key
         self.requests: list[Request] = []  # for a completion
         self.now = self.most = 0  # under way, now and at most
         self.lock = threading.Lock()
@@ -215,8 +216,8 @@ class Behind:
     And as an engine it adds no begin token to a chat that asks for none.
     """
 
-    def __init__(self, local: LocalMLLM, tell: int = 20) -> None:
-        self.local, self.tell = local, tell
+    def __init__(self, local: LocalMLLM) -> None:
+        self.local = local
 
     def _rendered(self, request: Request) -> str:
         messages = [dict(m) for m in request["messages"]]
@@ -247,6 +248,6 @@ class Behind:
                 new = out[0, inputs["input_ids"].shape[1] :]
                 return Reply(self.local.tokenizer.decode(new, skip_special_tokens=True))
             row = model(**inputs).logits[0, -1].double().log_softmax(-1)
-        ids = request.get("logprob_token_ids") or row.topk(self.tell).indices.tolist()
+        ids = request.get("logprob_token_ids") or row.topk(20).indices.tolist()
         word = self.local.tokenizer.decode([int(row.argmax())])
         return Reply(word, {self.local.tokenizer.decode([i]): float(row[i]) for i in ids})

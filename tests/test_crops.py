@@ -124,21 +124,17 @@ def test_the_second_of_two_runs_reads_the_crops_of_the_first(mixed: Path) -> Non
     assert len((mixed.parent / "cropped.txt").read_text("utf-8").splitlines()) == 4  # each file once
 
 
-def damaged_files(folder: Path) -> dict[str, bytes | None]:
-    """Files of a crop cache -> what a kill, a full disk or an older version may have left of them."""
-    index = (folder / "index.json").read_bytes()
-    cut: dict[str, bytes | None] = {f"{n}.npy": (folder / f"{n}.npy").read_bytes()[:-9] for n in ("crops", "masks")}
-    no_reasons = json.dumps({"key": json.loads(index)["key"]}).encode()
-    return cut | {"landmarks.npy": None, "index.json": index[:40]} | {"./index.json": no_reasons, "./crops.npy": b"PK"}
-
-
 def test_a_damaged_cache_is_computed_anew(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: after a copy that was cut off, every run on the manifest ended in a ValueError or KeyError."""
     first, folder = np.array(load_crops(mixed).crops), mixed.parent / ".crops-m"
     found = [crops_module._crop((str(mixed.parent / f"{i}.png"), None, 224)) for i in range(2)]
     faces = {str(mixed.parent / f"{i}.png"): face for i, face in enumerate(found)}
     monkeypatch.setattr(crops_module, "_crop", lambda given: faces.get(given[0], "no_face"))
-    for name, left in damaged_files(folder).items():
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    left_over: list[tuple[str, bytes | None]] = [(name, whole[name][:-9]) for name in whole if name.endswith("s.npy")]
+    left_over += [("landmarks.npy", None), ("index.json", whole["index.json"][:40]), ("crops.npy", b"PK")]
+    left_over += [("index.json", json.dumps({"key": json.loads(whole["index.json"])["key"]}).encode())]
+    for name, left in left_over:  # by a kill, a full disk or an older version
         (folder / name).unlink()
         if left is not None:
             (folder / name).write_bytes(left)

@@ -34,8 +34,9 @@ from x2dfd.detector import Detector
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.faces import find_faces
 from x2dfd.fetch import BASE_NAME
-from x2dfd.media import Picture, Video, find_media, load_media
+from x2dfd.media import Picture, Video, load_media
 from x2dfd.mllm import LocalMLLM
+from x2dfd.paths import find_media
 from x2dfd.texts import readable
 from x2dfd.types import Cue, Evidence, Failure, Report, Verdict
 
@@ -303,13 +304,12 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
     alone = [next(iter(detector.detect_many([s], rationale=False))) for s in sources]
     opened: list[str] = []
     second = threading.Event()
-    original = intake._open
 
-    def noted(*given: Any) -> Any:
+    def noted(*given: Any, **named: Any) -> Any:
         opened.append(threading.current_thread().name)
         if len(opened) > 2:
             second.set()
-        return original(*given)
+        return load_media(*given, **named)
 
     encode = detector.mllm.encode
 
@@ -317,7 +317,7 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
         assert second.wait(30), "the second batch was not opened while the first was judged"
         return encode(crops)
 
-    monkeypatch.setattr(intake, "_open", noted)
+    monkeypatch.setattr(intake, "load_media", noted)
     monkeypatch.setattr(detector.mllm, "encode", waits)
     together = list(detector.detect_many(sources, batch_size=2, rationale=False))
     assert len(opened) == len(sources) and all(name.startswith("x2dfd-decode") for name in opened)

@@ -83,10 +83,9 @@ class Signer:
         *,
         program: str = "a <b>test</b>",
         actions: Sequence[dict[str, Any]] = ({"action": "c2pa.created", "digitalSourceType": CAPTURE},),
-        more: Sequence[dict[str, Any]] = (),
         of: tuple[bytes, str] | None = None,
     ) -> bytes:
-        """`content` with a manifest; `more` assertions beside the actions, `of` an ingredient and its relationship."""
+        """`content` with a manifest; `of`: an ingredient and its relationship."""
         import c2pa
         from cryptography.hazmat.primitives import hashes
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -98,7 +97,7 @@ class Signer:
         sha = hashes.SHA256()
         manifest = {
             "claim_generator_info": [{"name": program, "version": "1"}],
-            "assertions": [{"label": "c2pa.actions", "data": {"actions": list(actions)}}, *more],
+            "assertions": [{"label": "c2pa.actions", "data": {"actions": list(actions)}}],
         }
         out = io.BytesIO()
         with c2pa.Signer.from_callback(raw, c2pa.C2paSigningAlg.ES256, self.chain) as signer:

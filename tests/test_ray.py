@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import x2dfd
 from tests import stub, tiny
+from tests.families import VICUNA, plain_processor
 from tests.raising import raises
 from x2dfd import cli, ray_engine, stores
 from x2dfd.errors import SetupError, UnknownName
@@ -170,16 +171,6 @@ def test_what_a_user_did_wrong_comes_back_as_one_line(cluster: Any, face_photo: 
         ray_engine.RayDetector(spec, options | {"mode": "papier"}, 1)  # type: ignore[arg-type]
 
 
-class Says:
-    """In the base processor's place: a template that a reader can see through."""
-
-    chat_template = "USER: <image>"
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
-        text: str = messages[0]["content"][1]["text"]
-        return f"USER: <image>\n{text} ASSISTANT:"
-
-
 def test_the_vllm_pipeline_asks_with_the_prompt_of_training(tmp_path: Path, astronaut: Any) -> None:
     """A template or tokenizer call of the engine's own would be another prompt than the model was trained with."""
     (tmp_path / "adapter_config.json").write_text('{"r": 12}')
@@ -190,8 +181,7 @@ def test_the_vllm_pipeline_asks_with_the_prompt_of_training(tmp_path: Path, astr
     assert config["engine_kwargs"]["max_lora_rank"] == 16 and config["engine_kwargs"]["tensor_parallel_size"] == 2
     assert "enable_lora" not in VllmScoring("base").config()["engine_kwargs"]
     row = {"id": "a", "crop": astronaut[:224, :224], "question": "Is it? And the clip score is 0.500."}
-    says: Any = Says()
-    asked = scoring.request(row, says)
+    asked = scoring.request(row, plain_processor(VICUNA))
     assert asked["prompt"] == "USER: <image>\nIs it? And the clip score is 0.500. ASSISTANT: This image is"
     assert asked["multimodal_data"]["image"].size == (224, 224) and asked["model"] == str(tmp_path)
     assert asked["id"] == "a" and "crop" not in asked

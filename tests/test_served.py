@@ -202,7 +202,7 @@ def test_a_hosted_model_is_told_in_words(crops: Pixels) -> None:
 )
 def test_labels_are_read_from_the_likeliest_tokens(crops: Pixels, top: dict[str, float], logit: float | None) -> None:
     """Endpoints spell one label in many ways; a refusal to answer is no "real"."""
-    with StandIn(lambda _: Reply(next(iter(top)), top), owned_by="somebody") as endpoint:
+    with StandIn(Reply(next(iter(top)), top), owned_by="somebody") as endpoint:
         model = ServedMLLM(endpoint.url, "m")
         if logit is None:
             with raises("no_label"):
@@ -252,30 +252,22 @@ def test_faults_are_survived(crops: Pixels, owned_by: str) -> None:
     assert len(endpoint.requests) > 70
 
 
-def always(text: str, status: int = 200, **options: Any) -> Callable[[Request], Reply]:
-    return lambda _: Reply(text, status=status, **options)
-
-
-def refused(status: int, text: str = "no") -> Callable[[Request], Reply]:
-    return always(text, status)
-
-
 @pytest.mark.parametrize(
     ("answer", "code", "told"),
     [
-        (refused(500), "endpoint_error", "InternalServerError"),
-        (refused(429), "endpoint_error", "RateLimitError"),
-        (refused(400, "the picture is not wanted"), "endpoint_error", "not wanted"),
-        (refused(401, f"bad key {KEY}"), "key_refused", "OPENAI_API_KEY"),
-        (refused(403), "key_refused", "OPENAI_API_KEY"),
-        (refused(404), "model_not_served", "'m'"),
-        (always(" fake", top={" fake": -0.1}, delay=1.5), "endpoint_timeout", "127.0.0.1"),
-        (always(" fake", top={" fake": -0.1}, cut=True), "endpoint_unreachable", "127.0.0.1"),
+        (Reply("no", status=500), "endpoint_error", "InternalServerError"),
+        (Reply("no", status=429), "endpoint_error", "RateLimitError"),
+        (Reply("the picture is not wanted", status=400), "endpoint_error", "not wanted"),
+        (Reply(f"bad key {KEY}", status=401), "key_refused", "OPENAI_API_KEY"),
+        (Reply("no", status=403), "key_refused", "OPENAI_API_KEY"),
+        (Reply("no", status=404), "model_not_served", "'m'"),
+        (Reply(" fake", {" fake": -0.1}, delay=1.5), "endpoint_timeout", "127.0.0.1"),
+        (Reply(" fake", {" fake": -0.1}, cut=True), "endpoint_unreachable", "127.0.0.1"),
     ],
     ids=["500", "429", "400", "401", "403", "404", "slow", "cut"],
 )  # fmt: skip
 def test_an_error_says_what_is_wrong_and_never_the_key(
-    crops: Pixels, answer: Callable[[Request], Reply], code: str, told: str, caplog: pytest.LogCaptureFixture
+    crops: Pixels, answer: Reply, code: str, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What one picture can cause is that picture's row; what all will meet ends the run."""
     caplog.set_level(logging.DEBUG)
@@ -322,7 +314,7 @@ def learnt(crops: Pixels, refusal: str, takes: Callable[[Request], bool]) -> Non
 
 
 def gives_none(crops: Pixels) -> None:
-    for answer in (always(" fake"), refused(400, "logprobs are not supported")):
+    for answer in (Reply(" fake"), Reply("logprobs are not supported", status=400)):
         with StandIn(answer) as endpoint:
             says(caught(endpoint.url, crops), "log_probabilities_missing")
 
@@ -331,7 +323,7 @@ def thinks(crops: Pixels) -> None:
     """Its first token is no verdict, whatever probability the labels have beside it, and its text no rationale."""
     reasons = b'{"choices": [{"message": {"content": "", "reasoning_content": "Okay"}}]}'
     for text in ("<think>", "<think>\nOkay"):
-        with StandIn(always(text, top={text: -0.001, "fake": -11.0, "real": -12.0})) as endpoint:
+        with StandIn(Reply(text, {text: -0.001, "fake": -11.0, "real": -12.0})) as endpoint:
             says(caught(endpoint.url, crops), "model_thinks")
             model = ServedMLLM(endpoint.url, "m")
             with raises("model_thinks"):
@@ -561,7 +553,7 @@ def test_an_endpoint_that_fails_all_the_time_ends_the_run(
     no_experts: None, face_photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A million rows of failures are not a result."""
-    with StandIn(refused(503)) as endpoint:
+    with StandIn(Reply("no", status=503)) as endpoint:
         detector = x2dfd.load(f"m@{endpoint.url}")
         monkeypatch.setattr(detector.mllm._client, "max_retries", 0)  # type: ignore[attr-defined]
         rows = []
@@ -574,7 +566,7 @@ def test_an_endpoint_that_fails_all_the_time_ends_the_run(
 def test_pictures_that_an_endpoint_refuses_do_not_end_the_run(no_experts: None, face_photo: Path) -> None:
     """A folder of pictures against a server's rules is a row each; the endpoint is well."""
     files = [face_photo] * (served.FAILURES_IN_A_ROW + 2)
-    with StandIn(lambda _: Reply("not this one", status=400)) as endpoint:
+    with StandIn(Reply("not this one", status=400)) as endpoint:
         rows = list(x2dfd.load(f"m@{endpoint.url}").detect_many(files, batch_size=2))
         assert [r.code for r in rows if isinstance(r, Failure)] == ["endpoint_error"] * len(files)
         # But a model that takes no pictures at all is a matter of setting up, not a million rows.

@@ -126,9 +126,8 @@ def test_a_missing_index_is_said() -> None:
     """'Invalid data found' of a download that was cut off tells nobody that it was."""
     data = clip_of([CORNERS] * 4)
     for cut in (data[: data.index(b"moov") - 4], data.replace(b"moov", b"skip")):
-        with raises("bad_video", "index") as caught:
+        with raises("bad_video", "index"):
             load_media(cut)
-        assert caught.value.code == "bad_video"
 
 
 @pytest.mark.slow

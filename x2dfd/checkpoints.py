@@ -244,9 +244,9 @@ def cut_layers(
 
     Raises SetupError for layers that do not exist, and for any cut of another family than LLaVA.
     """
-    if tower_layers is None and text_layers is None and feature_layers is None and config.model_type != "llava":
-        return None
     if config.model_type != "llava":
+        if tower_layers is None and text_layers is None and feature_layers is None:
+            return None
         raise SetupError(
             f"only a LLaVA can be loaded with some of its layers, and {folder} is a {config.model_type!r} model",
             code="layers_unsupported",
@@ -302,11 +302,11 @@ def read_options(
     The embedded base is read in fp32: it is small, and its sum with an adapter is rounded once. `device_map`: as in
     transformers ("auto" spreads a model over all GPUs). Raises SetupError.
     """
-    if base is None and (device_map or bits):
-        raise SetupError(
-            "the embedded model is small: it takes no bits and no device map", code="option_not_for_embedded"
-        )
     if base is None:
+        if device_map or bits:
+            raise SetupError(
+                "the embedded model is small: it takes no bits and no device map", code="option_not_for_embedded"
+            )
         return {}
     options: Json = {"dtype": TORCH_DTYPES[precision]}
     if device_map:
@@ -396,8 +396,7 @@ def base_identity(base: str | Path | None) -> dict[str, str]:
     if base is None:
         return {"name": BASE_NAME, "sha256": file_sha256(require("base") / "model.safetensors")}
     files = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return {"name": str(base) if not files else Path(base).name, "sha256": digest.hexdigest() if files else ""}
+    if not files:
+        return {"name": str(base), "sha256": ""}
+    digests = b"".join(bytes.fromhex(file_sha256(file)) for file in files)
+    return {"name": Path(base).name, "sha256": hashlib.sha256(digests).hexdigest()}

@@ -50,8 +50,7 @@ class CropSet:
 
     def where(self, **equal: str) -> NDArray[np.intp]:
         """Indices of the samples whose fields have the given values."""
-        rows = [i for i, s in enumerate(self.samples) if all(getattr(s, k) == v for k, v in equal.items())]
-        return np.array(rows, int)
+        return np.flatnonzero([all(getattr(s, k) == v for k, v in equal.items()) for s in self.samples])
 
 
 Cropped = tuple[Face, NDArray[np.uint8] | None]

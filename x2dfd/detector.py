@@ -27,8 +27,8 @@ from x2dfd.explain import contradictions, read_cues
 from x2dfd.faces import area_polygons
 from x2dfd.fetch import BASE_NAME
 from x2dfd.files import Json
-from x2dfd.intake import FoundFace, OnProgress, Ready, Source, faces_of_report, ready, ready_or_failure
-from x2dfd.media import Picture, Video
+from x2dfd.intake import FoundFace, OnProgress, Ready, faces_of_report, ready, ready_or_failure
+from x2dfd.media import Picture, Source, Video
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable, says_all, signs_to_name

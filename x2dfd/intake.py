@@ -19,12 +19,11 @@ from PIL.Image import Image
 from x2dfd.errors import InputError, one_file
 from x2dfd.faces import CROP_SIZE, find_faces, find_missed_faces, find_turned_faces
 from x2dfd.files import Json, file_sha256
-from x2dfd.media import Frame, Picture, Video, load_media, media_summary
+from x2dfd.media import Frame, Picture, Source, Video, load_media, media_summary
 from x2dfd.provenance import read_provenance
 from x2dfd.types import Face, FaceReport, Failure, Report, frames_asked
 from x2dfd.worker import isolated
 
-Source = str | Path | bytes | Image
 OnProgress = Callable[[Frame | FaceReport], None]
 
 FRAME_FACES = 4  # most faces judged in one frame of a video
@@ -130,21 +129,15 @@ def _is_cut(face: Face, width: int, height: int) -> bool:
     return bool(max(-left, -top, right - width, bottom - height) > CUT_OFF * (right - left))
 
 
-def _open(source: Source, frames: int, keep: Callable[[Frame], Frame]) -> Picture | Video:
-    """The decoded file, with the statements of its Content Credentials."""
-    media = load_media(source, max_frames=frames, keep=keep)
-    if isinstance(source, Image):
-        return media
-    with one_file("reading Content Credentials"):
-        return replace(media, provenance=read_provenance(source, media.format))
-
-
 @isolated
 def ready(source: Source, frames: int, side: int = CROP_SIZE, on_progress: OnProgress | None = None) -> Ready:
     """A file ready for the models; `side` is that of the MLLM's crop. Raises InputError (see `errors.one_file`)."""
     search = Search(on_progress, side)
     start = time.perf_counter()
-    media = _open(source, frames, search.frame)
+    media = load_media(source, max_frames=frames, keep=search.frame)
+    if not isinstance(source, Image):
+        with one_file("reading Content Credentials"):
+            media = replace(media, provenance=read_provenance(source, media.format))
     decode_seconds = time.perf_counter() - start - search.seconds
     summary = media_summary(media)
     if isinstance(media, Picture):
@@ -162,7 +155,7 @@ def ready_or_failure(
     try:
         return ready(source, frames, side, on_progress=on_progress)
     except InputError as error:
-        return Ready(failure_of(source, error), {}, [], [], {})
+        return Ready(_failure(source, error), {}, [], [], {})
 
 
 @isolated
@@ -177,12 +170,10 @@ def faces_of_report(report: Report, source: Source, side: int = CROP_SIZE) -> li
     return search.faces
 
 
-def failure_of(source: Source, error: InputError) -> Failure:
+def _failure(source: Source, error: InputError) -> Failure:
     path = str(source) if isinstance(source, str | Path) else None
-    digest = None
-    if isinstance(source, bytes):
-        digest = hashlib.sha256(source).hexdigest()
-    elif path is not None and error.code != "file_too_large":
+    digest = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else None
+    if path is not None and error.code != "file_too_large":
         with contextlib.suppress(OSError):  # an unreadable file has no hash
             digest = file_sha256(Path(path)) if Path(path).is_file() else None
     return Failure(path, digest, error.code, error.reason)

@@ -24,16 +24,13 @@ from PIL import Image
 from x2dfd.animations import MOVING, load_animation
 from x2dfd.errors import InputError, one_file
 from x2dfd.files import Json
-from x2dfd.paths import find_media, open_source
-from x2dfd.sniffing import MAX_BYTES, MAX_PIXELS, MIN_SIDE, sniff
-from x2dfd.stills import MAX_REDUCED_PIXELS, Picture, decode, from_image, open_image
-from x2dfd.video import MAX_VIDEO_FRAMES, Frame, Video, load_video
+from x2dfd.paths import open_source
+from x2dfd.sniffing import sniff
+from x2dfd.stills import Picture, decode, from_image, open_image
+from x2dfd.video import Frame, Video, load_video
 from x2dfd.worker import isolated
 
-__all__ = [
-    "MAX_BYTES", "MAX_PIXELS", "MAX_REDUCED_PIXELS", "MAX_VIDEO_FRAMES", "MIN_SIDE", "Frame", "Picture", "Source",
-    "Video", "find_media", "load_media", "load_picture", "media_summary",
-]  # fmt: skip
+__all__ = ["Frame", "Picture", "Source", "Video", "load_media", "load_picture", "media_summary"]
 
 Source = str | Path | bytes | Image.Image
 
@@ -58,10 +55,10 @@ def load_media(
             media: Picture | Video
             if kind == "video":
                 media = load_video(file, name, max_frames, keep, path)
+            elif (opened := open_image(file, name)).n_frames > 1 and name in MOVING:
+                media = load_animation(opened, max_frames, keep, path)
             else:
-                opened = open_image(file, name)
-                moving = opened.n_frames > 1 and name in MOVING
-                media = load_animation(opened, max_frames, keep, path) if moving else decode(opened, path)
+                media = decode(opened, path)
             return replace(media, file=_file_facts(file, path) | media.file)
 
 

@@ -10,7 +10,7 @@ import re
 import struct
 import time
 from dataclasses import dataclass
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 from x2dfd.errors import InputError
 
@@ -164,20 +164,12 @@ def sniff(file: BinaryIO) -> tuple[str, str]:
 def check_structure(data: bytes, name: str, budget: Budget, notes: list[str]) -> int | None:
     """Refuse files built to keep a decoder busy. Returns the number of pictures if Pillow would count them slowly."""
     if name == "GIF":
-        frames, complete = _count_gif_frames(data, budget)
-        if not complete:
-            notes.append("frames_not_all_counted")
-        return max(frames, 1)
-    if name == "JPEG":
-        walk_ifds(_check_jpeg(data, budget), budget)
-        return None
+        return max(_count_gif_frames(data, budget, notes), 1)
     if name == "TIFF":
         return max(walk_ifds(data, budget).pages, 1)
+    if name == "JPEG":
+        walk_ifds(_check_jpeg(data, budget), budget)
     return None
-
-
-def _corrupt(reason: str) -> NoReturn:
-    raise InputError("corrupt", reason)
 
 
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a JPEG marker with a length: no stuffing, fill or restart
@@ -194,25 +186,25 @@ def _check_jpeg(data: bytes, budget: Budget) -> bytes:
         if marker is None or marker[1] == b"\xd9":
             return b"".join(exif)
         if scans == 0 and marker.start() - position > 65_536:
-            _corrupt("the JPEG's segments do not follow each other")
+            raise InputError("corrupt", "the JPEG's segments do not follow each other")
         budget.spend(20)
         position = marker.end()
         end = position + max(int.from_bytes(data[position : position + 2], "big"), 2)
         if marker[1] == b"\xe1" and data[position + 2 : position + 8] == b"Exif\0\0":
             exif.append(data[position + 8 : end])
             if 65_536 * len(exif) > _MAX_EXIF:
-                _corrupt("the JPEG's EXIF is cut into too many segments")
+                raise InputError("corrupt", "the JPEG's EXIF is cut into too many segments")
         if marker[1][0] in _FRAME_HEADERS:
             size = data[position + 3 : position + 7]
             pixels = int.from_bytes(size[:2], "big") * int.from_bytes(size[2:], "big")
         scans += marker[1] == b"\xda"
         if scans > _MAX_JPEG_SCANS or scans * pixels > _MAX_SCANNED_PIXELS:
-            _corrupt(f"the JPEG has {scans} scans or more of {pixels:,} pixels")
+            raise InputError("corrupt", f"the JPEG has {scans} scans or more of {pixels:,} pixels")
         position = end
 
 
-def _count_gif_frames(data: bytes, budget: Budget) -> tuple[int, bool]:
-    """Frames in a GIF, and whether the whole file was walked; nothing is decoded."""
+def _count_gif_frames(data: bytes, budget: Budget, notes: list[str]) -> int:
+    """Frames in a GIF, or in the part of it that was walked; nothing is decoded."""
 
     def colours(position: int) -> int:
         flags = data[position] if position < len(data) else 0
@@ -222,20 +214,18 @@ def _count_gif_frames(data: bytes, budget: Budget) -> tuple[int, bool]:
     position = 13 + colours(10)
     while position < len(data) and data[position] in b",!":  # image, extension
         is_extension = data[position] == ord("!")
-        if not is_extension:
-            frames += 1
-            position += 11 + colours(position + 9)
-        else:
-            position += 2
+        frames += not is_extension
+        position += 2 if is_extension else 11 + colours(position + 9)
         while position < len(data) and data[position]:
             position += data[position] + 1
             blocks += 1
             if is_extension:  # Pillow joins a comment's blocks one by one
                 budget.spend(20)
             if blocks > _MAX_GIF_BLOCKS:
-                return frames, False
+                notes.append("frames_not_all_counted")
+                return frames
         position += 1
-    return frames, True
+    return frames
 
 
 @dataclass(frozen=True)

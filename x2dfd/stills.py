@@ -79,17 +79,6 @@ _LIBTIFF = re.compile(
 )
 
 
-@contextmanager
-def _libtiff_messages(notes: list[str]) -> Iterator[None]:
-    """Note the first printed message of libtiff, which does not report damage otherwise."""
-    lines: list[bytes] = []
-    try:
-        with printed_from_c(_LIBTIFF, lines):
-            yield
-    finally:
-        notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in lines[:1]]
-
-
 @dataclass(eq=False)
 class Opened:
     """An image file whose header was read and checked, but no pixel decoded."""
@@ -152,8 +141,10 @@ def decode(opened: Opened, path: str | None) -> Picture:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             inverted = image.tag_v2.get(262) == 0  # WhiteIsZero
             tiff_orientation = image.tag_v2.get(274, 1)  # applied by Pillow while loading, in TIFF only
-            with _libtiff_messages(notes):
+            messages: list[bytes] = []  # of libtiff, which does not report damage otherwise
+            with printed_from_c(_LIBTIFF, messages):
                 image.load()
+            notes += [f"warning:{plain(line.decode(errors='replace'))}" for line in messages[:1]]
             if tiff_orientation in _TURN:
                 notes.append(f"exif_orientation:{tiff_orientation}")
         else:

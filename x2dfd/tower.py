@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from x2dfd.crops import CropSet, new_array, old_array
 from x2dfd.degrade import CODEC, DEGRADE_VERSION, codec, degrade
 from x2dfd.errors import SetupError, X2DFDError
+from x2dfd.faces import CROP_SIZE
 from x2dfd.fetch import BASE_NAME, require
 from x2dfd.files import Json, atomic_write, file_sha256, locked_folder, read_json, write_text
 from x2dfd.progress import progress
@@ -45,15 +46,14 @@ reads all but the first of them."""
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 
-_SIDE = 224
-_ZOOM = _SIDE / (_SIDE - 2 * CLOSER)
+_ZOOM = CROP_SIZE / (CROP_SIZE - 2 * CLOSER)
 CLOSER_MATRIX = np.array([[_ZOOM, 0, _ZOOM * (0.5 - CLOSER) - 0.5], [0, _ZOOM, _ZOOM * (0.5 - CLOSER) - 0.5]])
 """From the pixels of a crop to those of its closer view, for cv2."""
 
 
 def closer(pixels: Tensor) -> Tensor:
     """The closer view of crops [n, 3, side, side], which the forensic tower sees: less around the face, same size."""
-    margin = CLOSER * pixels.shape[-1] // _SIDE
+    margin = CLOSER * pixels.shape[-1] // CROP_SIZE
     seen = slice(margin, pixels.shape[-1] - margin)
     view = F.interpolate(pixels[..., seen, seen].float(), size=pixels.shape[-2:], mode="bicubic")
     return view.to(pixels.dtype)

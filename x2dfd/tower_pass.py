@@ -106,12 +106,15 @@ def _layer(weights: Mapping[str, Tensor], name: str, heads: int, dtype: torch.dt
     for product, (weight, bias) in _joined(weights, name).items():
         linear = _linear(weight, bias, dtype, "swish" if product == "expand" else "none")
         products[product] = linear if observe is None else _observed(linear, observe, f"{name}.{product}", weight)
-    qkv, attention_out, expand, contract = products.values()
     norm1, norm2 = _norm(weights, f"{name}.layer_norm1"), _norm(weights, f"{name}.layer_norm2")
+    return _assembled(products, norm1, norm2, heads)
 
+
+def _assembled(products: Mapping[Product, Layer], norm1: Layer, norm2: Layer, heads: int) -> Layer:
     def run(x: Tensor) -> Tensor:
-        x = x + attention_out(_attention(*qkv(norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)))
-        return x + contract(expand(norm2(x)))
+        q, k, v = products["qkv"](norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + products["attention_out"](_attention(q, k, v))
+        return x + products["contract"](products["expand"](norm2(x)))
 
     return run
 
@@ -172,18 +175,15 @@ def _layer_in_8_bits(weights: Mapping[str, Tensor], name: str, heads: int, range
     values = slice(2 * len(weight) // 3, None)  # the last third, after queries and keys
     weight[values] *= steps["attention_out"].factor[:, None]
     bias[values] = bias[values] * steps["attention_out"].factor + steps["attention_out"].shift
-    qkv, attention_out, expand, contract = (
-        step.linear(*joined[product], "swish" if product == "expand" else "none") for product, step in steps.items()
-    )
+    products: dict[Product, Layer] = {
+        product: step.linear(*joined[product], "swish" if product == "expand" else "none")
+        for product, step in steps.items()
+    }
+    last, contract = steps["contract"], products["contract"]
+    products["contract"] = lambda x: contract(x.mul_(last.factor).add_(last.shift))
     norm1 = _norm(weights, f"{name}.layer_norm1", steps["qkv"])
     norm2 = _norm(weights, f"{name}.layer_norm2", steps["expand"])
-    last = steps["contract"]
-
-    def run(x: Tensor) -> Tensor:
-        x = x + attention_out(_attention(*qkv(norm1(x)).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)))
-        return x + contract(expand(norm2(x)).mul_(last.factor).add_(last.shift))
-
-    return run
+    return _assembled(products, norm1, norm2, heads)
 
 
 class _Bytes:

@@ -125,11 +125,10 @@ def load_video(
     notes: list[str] = []
     budget = Budget(_PIECES, _PIECES << 15)
     has_moov = container_name != "mov" or has_index(file, size, budget)
-    metered = Metered(file, budget, _SECONDS + _SECONDS_A_BYTE * size)
+    seconds = _SECONDS + _SECONDS_A_BYTE * size
     try:
-        with _container(metered, container_name) as (container, stream):
+        with _container(file, container_name, seconds, budget) as (container, stream):
             timeline = _timeline(container, stream)
-            rate = float(stream.average_rate or 0) or None
             stated_duration = (container.duration or 0) / 1_000_000  # FFmpeg's AV_TIME_BASE
     except InputError as error:
         if error.code == "bad_video" and not has_moov:
@@ -140,15 +139,13 @@ def load_video(
     if n == 0:
         raise InputError("bad_video", "the video track has no frames")
     collector = FrameCollector(keep, notes)
-    with _container(Metered(file, Budget(_PIECES, _PIECES << 15)), container_name) as (container, stream):
-        _sample(container, stream, timeline, rate, max_frames, collector)
+    with _container(file, container_name) as (container, stream):
+        _sample(container, stream, timeline, max_frames, collector)
     if not collector.frames:
         raise InputError("bad_video", "no frame of the video can be decoded")
     duration = None
-    if timeline.timed and rate:
-        duration = (timeline.pts[-1] - timeline.pts[0]) * timeline.time_base + 1 / rate
-    elif rate:
-        duration = n / rate
+    if rate := timeline.rate:
+        duration = timeline.seconds(n - 1) + 1 / rate if timeline.timed else n / rate
     if duration and stated_duration > 1.1 * duration + 0.5:
         notes.append(f"file_says_{stated_duration:.1f}_s")  # cut short, or the sound is longer
     return collector.video(digest.hexdigest(), container_name, n, duration, max_frames, path, {})
@@ -156,7 +153,7 @@ def load_video(
 
 def container_tags(file: BinaryIO, container_name: str) -> dict[str, str]:
     """The tags of a video's container and of its track (`comment`, `encoder` ...). Raises InputError."""
-    with _container(Metered(file, Budget(_PIECES, _PIECES << 15), _SECONDS), container_name) as (container, stream):
+    with _container(file, container_name, _SECONDS) as (container, stream):
         return {**stream.metadata, **container.metadata}
 
 
@@ -168,16 +165,19 @@ _PLAIN_REASONS = {  # by FFmpeg's message
 
 
 @contextmanager
-def _container(file: Metered, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _container(
+    file: BinaryIO, name: str, seconds: float | None = None, budget: Budget | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its main video stream; any exception of PyAV inside becomes `bad_video`."""
     import av
     from av.video.stream import VideoStream
 
-    file.seek(0)
+    metered = Metered(file, budget or Budget(_PIECES, _PIECES << 15), seconds)
+    metered.seek(0)
     # for any content: no other file, no network, no exotic decoder, no oversized frame
     options = {"protocol_whitelist": "none", "codec_whitelist": _CODECS, "max_pixels": str(MAX_PIXELS)}
     try:
-        with av.open(file, mode="r", format=name, options=options, io_open=_refuse_open) as container:
+        with av.open(metered, mode="r", format=name, options=options, io_open=_refuse_open) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise InputError("bad_video", "there is no video track")
@@ -202,6 +202,13 @@ class _Timeline:
     key_packets: list[int]  # for each of them, which packet of the track it is
     timed: bool  # whether `pts` are times
     time_base: float  # seconds per unit of pts
+    rate: float | None  # frames a second on average, as the file states it
+
+    def seconds(self, index: int) -> float:
+        """The time of a frame since the first."""
+        if self.timed:
+            return (self.pts[index] - self.pts[0]) * self.time_base
+        return index / self.rate if self.rate else 0.0
 
 
 def _timeline(container: InputContainer, stream: VideoStream) -> _Timeline:
@@ -223,14 +230,14 @@ def _timeline(container: InputContainer, stream: VideoStream) -> _Timeline:
         for i, (number, p, is_key) in enumerate(packets)
         if is_key
     )
-    return _Timeline(pts, [k for k, _ in keys], [number for _, number in keys], timed, base)
+    rate = float(stream.average_rate or 0) or None
+    return _Timeline(pts, [k for k, _ in keys], [number for _, number in keys], timed, base, rate)
 
 
 def _sample(
     container: InputContainer,
     stream: VideoStream,
     timeline: _Timeline,
-    rate: float | None,
     max_frames: int,
     collector: FrameCollector,
 ) -> None:
@@ -251,11 +258,8 @@ def _sample(
         if frame.interlaced_frame:
             notes.append("deinterlaced")
             frame = _deinterlaced(*decoder.neighbours(frame))
-        if timeline.timed:
-            time_s = (timeline.pts[index] - timeline.pts[0]) * timeline.time_base
-        else:
-            time_s = index / rate if rate else 0.0
-        if not collector.add(Frame(index, time_s, _to_rgb(frame, stream.sample_aspect_ratio, notes))):
+        pixels = _to_rgb(frame, stream.sample_aspect_ratio, notes)
+        if not collector.add(Frame(index, timeline.seconds(index), pixels)):
             break
     if decoder.broken:
         notes.append(f"undecodable_packets:{decoder.broken}")
@@ -392,7 +396,7 @@ def _to_rgb(frame: VideoFrame, pixel_shape: Fraction | None, notes: list[str]) -
     transfer, primaries = frame.color_trc, frame.color_primaries
     if transfer in (hdr.PQ, hdr.HLG) or primaries == hdr.BT2020:
         if transfer in (hdr.PQ, hdr.HLG):
-            notes.append("hdr_tone_mapped:" + {hdr.PQ: "PQ", hdr.HLG: "HLG"}[transfer])
+            notes.append(f"hdr_tone_mapped:{'PQ' if transfer == hdr.PQ else 'HLG'}")
         if primaries == hdr.BT2020:
             notes.append("bt2020_to_bt709")
         deep = np.asarray(frame.to_ndarray(format="rgb48le", width=width, height=height, threads=1), dtype=np.uint16)
