@@ -25,7 +25,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
-from x2dfd import cli, run_detect, stores
+from x2dfd import cli, doctor, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
 from x2dfd.model_spec import ModelSpec
@@ -630,15 +630,13 @@ def test_doctor_names_what_lacks_and_its_command(run: Run, monkeypatch: pytest.M
 def test_doctor_says_which_precision_the_embedded_model_takes(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: verdicts take twice as long on one machine as on another, and nobody learns why."""
     monkeypatch.setattr("x2dfd.tower.quick_in_16_bits", lambda device: quick)
-    from x2dfd import doctor
-
     said = {check.name: check.detail for check in doctor._torch()}["precision"]
     assert f"takes {'bf16' if quick else 'fp32'} on this CPU" in said and "AVX-512 BF16" in said
 
 
 def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is missing shows at the first model otherwise; a truncated face model gives other faces or none."""
-    from x2dfd import checkpoints, doctor
+    from x2dfd import checkpoints
 
     lacking = replace(checkpoints.FAMILIES["llava"], needs=("no_such_package",))
     monkeypatch.setattr(checkpoints, "FAMILIES", {"llava": checkpoints.FAMILIES["llava"], "pixtral": lacking})
@@ -656,8 +654,6 @@ def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.Mon
 
 def test_doctor_says_whether_int8_has_its_ranges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Bug prevented: an installation without them that is found sound, and fails at the first `--dtype int8`."""
-    from x2dfd import doctor
-
     assert {check.name: check.ok for check in doctor._ranges()} == {"int8 CLIP": True, "int8 forensic tower": True}
     monkeypatch.setattr("x2dfd.tower.CLIP_RANGES", tmp_path / "clip")
     lacking, present = doctor._ranges()

@@ -15,17 +15,12 @@ from x2dfd import follow_up
 from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
 from x2dfd.fetch import BASE_NAME
-from x2dfd.texts import _CLOSINGS, called_fake, cue_clause, readable, says_all, signs_to_name
+from x2dfd.texts import _CLOSINGS, called_fake, readable, says_all, signs_to_name
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 PART, WHOLE = (Verdict("fake", 0.9, None, kind) for kind in ("part", "whole"))
 SURE = (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.85))
 POINTS = (Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.8),)), Evidence("other", 0.1))
-
-
-def test_every_clause_reads_back_as_its_cue() -> None:
-    for area, artifact in product(AREAS, ARTIFACTS):
-        assert read_cues(cue_clause(Cue(area, artifact)).capitalize() + ".") == (Cue(area, artifact),)
 
 
 @pytest.mark.parametrize("verdict", [Verdict("real", 0.1), Verdict("inconclusive", 0.6, "in_band", "part")])
@@ -116,11 +111,14 @@ def test_closing_sentences_of_training_answers_are_known_by_their_beginnings() -
 
 
 def test_signs_in_one_sentence_read_back_as_they_were() -> None:
-    """Bug prevented: "and" that makes a blur of the eyes out of a seam at the jaw."""
+    """Bug prevented: a clause that names another sign than its own; "and" that makes a blur of the eyes out of a seam
+    at the jaw."""
     drawn, every = Random(0), [Cue(area, artifact) for area, artifact in product(AREAS, ARTIFACTS)]
-    for _ in range(300):
-        cues = tuple(drawn.sample(every, 3))
-        assert read_cues(called_fake(Verdict("fake", 0.9), (Evidence("tower", 0.9, cues=cues),))) == cues
+    for _ in range(5):
+        drawn.shuffle(every)
+        for i in range(0, len(every), 3):
+            cues = tuple(every[i : i + 3])
+            assert read_cues(called_fake(Verdict("fake", 0.9), (Evidence("tower", 0.9, cues=cues),))) == cues
 
 
 def test_disagreement_and_missing_answers_are_said() -> None:
