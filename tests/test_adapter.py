@@ -38,7 +38,7 @@ from x2dfd.faces import find_faces
 from x2dfd.files import file_sha256
 from x2dfd.types import Evidence, Face, Verdict
 
-pytestmark = pytest.mark.needs_base
+pytestmark = [pytest.mark.needs_base, pytest.mark.usefixtures("known_expert")]
 
 
 @pytest.fixture
@@ -198,12 +198,14 @@ def test_a_broken_configuration_is_refused_before_any_picture(
         ("adapter_config.json", {"r": 0}, "adapter_config_invalid"),
         ("card.json", {"tower_layers": 0}, "not_an_adapter"),
         ("card.json", {"tower_layers": 13}, "tower_layers_invalid"),
+        ("card.json", {"prompt_sha256": "e" * 64}, "prompt_hash_differs"),
     ],
 )  # fmt: skip
 def test_the_embedded_model_is_checked_before_its_language_model_is_loaded(
     tmp_path: Path, file: str, change: dict[str, object], code: str
 ) -> None:
-    """Bug prevented: a damaged copy judges faces until it writes of one, or ends in a KeyError of the tower."""
+    """Bug prevented: a damaged copy, or one for other prompts, judges faces until it writes of one; or it ends in a
+    KeyError of the tower."""
     folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
     tiny.edit_json(folder / file, **change)
     with raises(code):
@@ -246,7 +248,6 @@ def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
     adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: a question that no training showed the model, or weights that the calibration never saw."""
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     monkeypatch.setitem(BUILTIN, "darkness", "tests.test_adapter:Darkness")
     before = Calibration.load(adapter)
     fitted = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
@@ -273,7 +274,6 @@ def test_an_expert_that_got_no_weight_locks_no_model_and_decides_nothing(
 ) -> None:
     """Bug prevented: a calibration that was fitted beside an expert which no logistic takes is refused by the next
     command as one that never met it; or the expert is shown, and its signs are named, as if it had a say."""
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     monkeypatch.setitem(BUILTIN, "darkness", "tests.test_adapter:Darkness")
     alone = x2dfd.load(f"hub:{base}+{adapter}").detect(face_photo, rationale=False)
     beside = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
@@ -300,9 +300,8 @@ class Darkness(tiny.Brightness):
 
 
 @pytest.mark.slow
-def test_load_refuses_before_it_judges(adapter: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_refuses_before_it_judges(adapter: Path, base: Path) -> None:
     """The checks are worth nothing if the front door does not call them."""
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
     assert x2dfd.load(f"hub:{base}+{adapter}").info.name == "tiny 1"
     fitted = Calibration.load(adapter)
     others = dict.fromkeys(fitted.fitted_on["experts"], "f" * 64)

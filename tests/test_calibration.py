@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ import skimage.data
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import x2dfd.run_calibrate
 from eval.tasks.detect import seen_at_fit
 from tests import tiny
-from tests.conftest import require_base
 from tests.raising import raises
 from x2dfd import cli
 from x2dfd.calibration import (
@@ -322,33 +321,31 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "manifest.jsonl"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny base and an adapter for it."""
-    require_base()
-    folder = tmp_path_factory.mktemp("models")
-    tiny.write_adapter(folder / "adapter", tiny.write_base(folder / "base"))
-    tiny.edit_card(folder / "adapter", held_out=("warp",))
-    return folder
-
-
 @pytest.fixture
-def adapter(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the adapter, with its base beside it."""
+def adapter(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the adapter, which a held-out method was kept from."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, "tests.test_calibration:Judge")
 
     def numbered(crops: CropSet, i: int, view_seed: int) -> Face:
         return replace(face_of(crops, i, view_seed), index=i)
 
     monkeypatch.setattr(x2dfd.run_calibrate, "face_of", numbered)
-    shutil.copytree(models, tmp_path / "models")
     judged_by.clear()
-    yield tmp_path / "models" / "adapter"
-    judged_by.clear()
+    copy = Path(shutil.copytree(folders[1], tmp_path / "adapter"))
+    tiny.edit_card(copy, held_out=("warp",))
+    return copy
 
 
-def on_its_base(adapter: Path) -> str:
-    return f"hub:{adapter.parent / 'base'}+{adapter}"
+@pytest.fixture
+def spec(base: Path, adapter: Path) -> str:
+    """The adapter on its base."""
+    return f"hub:{base}+{adapter}"
+
+
+def command(*words: object) -> Result:
+    done = CliRunner().invoke(cli.app, ["calibrate", *map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done
 
 
 def held_out_expert(folder: Path, name: str, *left_out: str) -> None:
@@ -358,27 +355,19 @@ def held_out_expert(folder: Path, name: str, *left_out: str) -> None:
     write_card(folder / name / f"{tiny.EXPERT}.card.json", card)
 
 
-def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, photos: Path, tmp_path: Path) -> None:
+def test_each_picture_is_judged_by_what_never_saw_its_origin(
+    adapter: Path, spec: str, photos: Path, tmp_path: Path
+) -> None:
     """Bug prevented: "unseen" scores of weights that learnt from the source, or a choice on the pictures of `val`; of
     `train`, or of methods whose figures are said to be of unseen ones."""
-    alone = calibrate(on_its_base(adapter), [photos])
+    alone = calibrate(spec, [photos])
     assert judged_by == {tiny.Brightness.card.sha256: {0, 1, 2, 3}}
     assert set(alone.weights) == {MLLM, tiny.EXPERT} and alone.fitted_on["unseen"] == []
     assert alone == Calibration.load(adapter) and alone.mllm_threshold != 0.5
     judged_by.clear()
     held_out_expert(tmp_path / "unseen", "c", "gan", "new")
     held_out_expert(tmp_path / "unseen", "d", "new")  # the first that never met the source judges it
-    given = [
-        "calibrate",
-        "--model",
-        on_its_base(adapter),
-        "--data",
-        str(photos),
-        "--held-out",
-        str(tmp_path / "unseen"),
-    ]
-    done = CliRunner().invoke(cli.app, given)
-    assert done.exit_code == 0, done.output
+    done = command("--model", spec, "--data", photos, "--held-out", tmp_path / "unseen")
     assert judged_by == {tiny.Brightness.card.sha256: {0, 1, 2, 3}, "c" * 64: {6, 7}}
     fitted = Calibration.load(adapter)
     assert set(fitted.weights) == {tiny.EXPERT} and fitted.weights[tiny.EXPERT] > 0  # nobody knows the MLLM elsewhere
@@ -390,22 +379,23 @@ def test_each_picture_is_judged_by_what_never_saw_its_origin(adapter: Path, phot
     assert told == [("c" * 64, ["gan", "new"]), ("d" * 64, ["new"])]
     assert facts["experts"] == {tiny.EXPERT: tiny.Brightness.card.sha256}
     assert json.loads(done.stdout)["low"] == fitted.low
-    report = load(on_its_base(adapter)).detect(photos.parent / "1.png", rationale=False)
+    report = load(spec).detect(photos.parent / "1.png", rationale=False)
     assert report.verdict.p_fake is not None and report.faces[0].p_fake_mllm is None
 
 
-def test_a_bench_knows_the_pictures_of_a_fit(adapter: Path, photos: Path, tmp_path: Path) -> None:
+def test_a_bench_knows_the_pictures_of_a_fit(spec: str, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: a page that says of the very pictures of the fit that they were not used for it."""
-    manifest, facts = manifest_sha256(photos), calibrate(on_its_base(adapter), [photos]).fitted_on
+    manifest, facts = manifest_sha256(photos), calibrate(spec, [photos]).fitted_on
     seen = [split for split in ("calib", "train", "val", None) if seen_at_fit(facts, manifest, split)]
     assert seen == ["calib", None] and not seen_at_fit(facts, "0" * 64, "calib") and not seen_at_fit({}, manifest, None)
     held_out_expert(tmp_path / "unseen", "c", "gan", "new")  # whose pictures of split train are fitted on, too
-    facts = calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "unseen").fitted_on
+    facts = calibrate(spec, [photos], held_out=tmp_path / "unseen").fitted_on
     assert seen_at_fit(facts, manifest, "train") and not seen_at_fit(facts, manifest, "val")
 
 
+@pytest.mark.usefixtures("adapter")
 @pytest.mark.parametrize("left_out", [5, None, "s1", [["a"]], [5], {"a": 1}, []])
-def test_left_out_is_a_list_of_names(adapter: Path, tmp_path: Path, left_out: object) -> None:
+def test_left_out_is_a_list_of_names(tmp_path: Path, left_out: object) -> None:
     """Bug prevented: the text "s1" is read as its letters, so that pictures of s1 count as unseen by nobody."""
     held_out_expert(tmp_path, "c")
     card = tmp_path / "c" / f"{tiny.EXPERT}.card.json"
@@ -415,24 +405,24 @@ def test_left_out_is_a_list_of_names(adapter: Path, tmp_path: Path, left_out: ob
 
 
 def test_a_calibration_that_fails_leaves_the_last_one(
-    adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter: Path, spec: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: a wrong split or folder, or a kill, and the adapter has no calibration any more."""
     before = (adapter / "calibration.json").read_bytes()
     with raises("no_picture_of_label", "'test'"):
-        calibrate(on_its_base(adapter), [photos], split="test")
+        calibrate(spec, [photos], split="test")
     with raises("left_out_missing", "nothing"):
-        calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "nothing")
+        calibrate(spec, [photos], held_out=tmp_path / "nothing")
     held_out_expert(tmp_path / "c", "c")
     with raises("left_out_invalid", tmp_path / "c"):
-        calibrate(on_its_base(adapter), [photos], held_out=tmp_path / "c")
+        calibrate(spec, [photos], held_out=tmp_path / "c")
     held_out_expert(tmp_path / "d", "d", "new")
     with raises("left_out_invalid", "tower"):  # its own weights know the source
         held_out_in(tmp_path / "d", [tiny.EXPERT, "tower"])
     with raises("expert_not_calibrated", tiny.EXPERT):
-        calibrate(on_its_base(adapter), [photos], experts=[])
+        calibrate(spec, [photos], experts=[])
     with raises("expert_twice", tiny.EXPERT):
-        calibrate(on_its_base(adapter), [photos], experts=[tiny.EXPERT, tiny.EXPERT])
+        calibrate(spec, [photos], experts=[tiny.EXPERT, tiny.EXPERT])
     seen: list[bytes] = []
 
     def loading(*spec: object, **options: object) -> None:
@@ -441,14 +431,14 @@ def test_a_calibration_that_fails_leaves_the_last_one(
 
     monkeypatch.setattr(x2dfd.run_calibrate, "load", loading)
     with raises("stopped", "stopped"):
-        calibrate(on_its_base(adapter), [photos])
+        calibrate(spec, [photos])
     assert seen == [before]
     assert (adapter / "calibration.json").read_bytes() == before
     assert sorted(p.name for p in adapter.glob("calib*")) == ["calibration.json"]
 
 
 def test_calibrate_says_what_its_fit_cannot_know(
-    adapter: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: a fit to six pictures says "> 99 %" without a word, an expert that got no weight and a picture
     without a face go unmentioned, and --limit draws pictures of one label and blames the split."""
@@ -457,12 +447,10 @@ def test_calibrate_says_what_its_fit_cannot_know(
     dark = Sample("dark", tmp_path / "dark.png", "real", source="a", group="dark", split="calib")
     some = [s for s in samples if s.df_class != "EFS"]
     write_manifest(tmp_path / "some.jsonl", [*some, dark])
-    monkeypatch.setitem(BUILTIN, "silent", "tests.test_calibration:Silent")
-    monkeypatch.setitem(BUILTIN, "whole-only", "tests.test_calibration:WholeOnly")
-    monkeypatch.setitem(BUILTIN, "wrong", "tests.test_calibration:Wrong")
-    given = ["calibrate", "--model", on_its_base(adapter), "--data", str(tmp_path / "some.jsonl")]
-    done = CliRunner().invoke(cli.app, [*given, "--experts", f"{tiny.EXPERT},silent,whole-only,wrong"])
-    assert done.exit_code == 0, done.output
+    for name, expert in (("silent", Silent), ("whole-only", WholeOnly), ("wrong", Wrong)):
+        monkeypatch.setitem(BUILTIN, name, f"tests.test_calibration:{expert.__name__}")
+    experts = f"{tiny.EXPERT},silent,whole-only,wrong"
+    done = command("--model", spec, "--data", tmp_path / "some.jsonl", "--experts", experts)
     for said in (
         "1 of 4 pictures not used: no usable face (dark, no_face)",
         "fitted on 2 real and 1 fake pictures: probabilities near 0 and 1 are not supported by so few",
@@ -473,10 +461,10 @@ def test_calibrate_says_what_its_fit_cannot_know(
     ):
         assert f"note: {said}" in done.stderr
     assert f"{tiny.EXPERT} has no weight" not in done.stderr and json.loads(done.stdout)["n_real"] == 2
-    report = load(on_its_base(adapter), experts=[tiny.EXPERT]).detect(photos.parent / "1.png", rationale=False)
+    report = load(spec, experts=[tiny.EXPERT]).detect(photos.parent / "1.png", rationale=False)
     assert any("2 real and 1 fake" in warning for warning in report.warnings)
     for limit in (2, 3):
-        fitted = calibrate(on_its_base(adapter), [photos], limit=limit)
+        fitted = calibrate(spec, [photos], limit=limit)
         facts = fitted.fitted_on
         assert facts["n_real"] + facts["n_fake"] == limit and min(facts["n_real"], facts["n_fake"]) == 1
     assert FITTED.few_pictures is None and replace(FITTED, fitted_on={"n_real": 50, "n_fake": 50}).few_pictures is None

@@ -33,14 +33,15 @@ from x2dfd.validation import Validation
 Record = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory, needs_base: None = None) -> tuple[Path, Path]:
-    from tests.conftest import require_base
+pytestmark = pytest.mark.usefixtures("known_expert")
 
-    require_base()
-    folder = tmp_path_factory.mktemp("models")
-    base = tiny.write_base(folder / "base")
-    return base, tiny.write_adapter(folder / "adapter", base)
+
+@pytest.fixture(scope="module")
+def folders(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The base, and a copy of the adapter with a validation run."""
+    adapter = Path(shutil.copytree(folders[1], tmp_path_factory.mktemp("models") / "adapter"))
+    validation_of(adapter).save(adapter)
+    return folders[0], adapter
 
 
 def validation_of(adapter: Path) -> Validation:
@@ -58,19 +59,8 @@ def validation_of(adapter: Path) -> Validation:
 
 
 @pytest.fixture(scope="module")
-def detector(folders: tuple[Path, Path]) -> Detector:
-    patch = pytest.MonkeyPatch()
-    patch.setitem(x2dfd.experts.BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-    base, adapter = folders
-    validation_of(adapter).save(adapter)
-    loaded = load(f"hub:{base}+{adapter}")
-    patch.undo()
-    return loaded
-
-
-@pytest.fixture(autouse=True)
-def known_expert(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(x2dfd.experts.BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+def detector(folders: tuple[Path, Path], known_expert: None) -> Detector:
+    return load(f"hub:{folders[0]}+{folders[1]}")
 
 
 @pytest.fixture(scope="module")

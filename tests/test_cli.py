@@ -25,7 +25,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
-from x2dfd import cli, run_detect, stores
+from x2dfd import cli, doctor, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
 from x2dfd.model_spec import ModelSpec
@@ -100,14 +100,24 @@ def run(detector: SmallDetector) -> Run:
     return lambda *words: CliRunner().invoke(cli.app, [str(word) for word in words])
 
 
+def save_photo(path: Path, shade: int) -> None:
+    """The same photo as another file for each shade of its first pixel."""
+    picture = data.astronaut()
+    picture[0, 0] = shade
+    Image.fromarray(picture).save(path)
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    """A JSON object a line."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for name in ("a.png", "b.png", "c.png"):
-        picture = data.astronaut()
-        picture[0, 0] = ord(name[0])  # three different files
-        Image.fromarray(picture).save(folder / name)
+    for name in "abc":
+        save_photo(folder / f"{name}.png", ord(name))
     return folder
 
 
@@ -184,9 +194,8 @@ def test_a_run_ends_with_its_counts(run: Run, photos: Path, tmp_path: Path, monk
         done = run("detect", photos, tmp_path / "gone.jpg", *options)
         assert told in done.stderr.splitlines()
         assert done.stdout.count("not proof") == 1 and "not proof" not in done.stderr  # where the answers are
-    lines = [
-        x for x in run("detect", photos, photos / "gone.png", "--batch-size", 1).stderr.splitlines() if " of 4: " in x
-    ]
+    done = run("detect", photos, photos / "gone.png", "--batch-size", 1)
+    lines = [line for line in done.stderr.splitlines() if " of 4: " in line]
     assert len(lines) == 4 and lines[-1].startswith("4 of 4: ") and lines[-1].endswith("/s, 00:00:00 left, 1 failed")
     assert "files:" not in run("detect", photos / "a.png").stderr
     assert told not in run("detect", photos, tmp_path / "gone.jpg", "--json").stderr
@@ -221,7 +230,7 @@ def test_bad_files_are_rows(run: Run, photos: Path, tmp_path: Path, monkeypatch:
     """One bad file among a thousand must not end the run, nor change the order; a slip is told before a model loads."""
     (tmp_path / "notes.txt").write_text("no picture")
     done = run("detect", tmp_path / "gone.jpg", photos / "a.png", tmp_path / "notes.txt", "--json")
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = objects(done.stdout)
     assert [row.get("error", {}).get("code") for row in rows] == ["not_found", None, "not_an_image"]
     assert done.exit_code == 0 and Report.from_dict(rows[1]).faces[0].evidence[1].note == "no weights"
     (tmp_path / "photos.csv").write_text("path,label\na.png,real\n")
@@ -259,13 +268,11 @@ def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> Non
     spelled = (rb"x\xff.png", rb"x\udcff.png", b"x\xff.png", b"x\\\xff.png")
     names = [Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name))) for name in spelled]
     for k, name in enumerate(names):
-        picture = data.astronaut()
-        picture[0, 0] = k
-        Image.fromarray(picture).save(name)
+        save_photo(name, k)
     out = tmp_path / "rows.jsonl"
     done = run("detect", *names, "--json", "--out", out, "--report", tmp_path / "t.html")
     assert done.exit_code == 0 and Report.from_json(done.stdout.splitlines()[0]).path == str(names[0])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = objects(out.read_text())
     assert len({row["path"] for row in rows}) == len({row["sha256"] for row in rows}) == len(names)
     assert run("detect", *names, "--out", out.with_suffix(".parquet")).exit_code == 0
     assert len(set(pq.read_table(out.with_suffix(".parquet"))["path"].to_pylist())) == len(names)
@@ -311,7 +318,7 @@ def test_interrupted_run_resumes(run: Run, detector: SmallDetector, photos: Path
     detector.dies_at, detector.judged = None, []
     done = run("detect", photos, "--out", out, "--json")
     assert detector.judged == ["c.png"]
-    assert [Path(json.loads(line)["path"]).name for line in done.stdout.splitlines()] == ["a.png", "b.png", "c.png"]
+    assert [Path(row["path"]).name for row in objects(done.stdout)] == ["a.png", "b.png", "c.png"]
     assert [Path(path).name for path in pq.read_table(out)["path"].to_pylist()] == ["a.png", "b.png", "c.png"]
     assert not list(tmp_path.glob("*.work*"))
     words = ["detect", photos, "--out", photos / "t.parquet", "--report", photos / "t.html"]
@@ -426,8 +433,7 @@ print(run(Path(manifest), Path(out), *options, dies_at=int(dies_at) if dies_at e
 def table(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         return [dict(row) for row in pq.read_table(path).to_pylist()]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row | {"report": row["report"] and json.dumps(row["report"])} for row in rows]
+    return [row | {"report": row["report"] and json.dumps(row["report"])} for row in objects(path.read_text())]
 
 
 @pytest.mark.slow
@@ -490,7 +496,7 @@ def test_a_missing_file_is_told_by_its_own_shard_alone(run: Run, photos: Path, m
     for i in (1, 2):
         done = run("detect", "a.png", *missing, "b.png", "--json", "--shard", f"{i}/2")
         assert done.exit_code == 0
-        rows = {row["path"]: row.get("error", {}).get("code") for row in map(json.loads, done.stdout.splitlines())}
+        rows = {row["path"]: row.get("error", {}).get("code") for row in objects(done.stdout)}
         mine = [name for name in missing if name in rows]
         assert mine and {rows[name] for name in mine} == {"not_found"}
         assert [line.partition(": ")[0] for line in done.stderr.splitlines()] == mine
@@ -624,15 +630,13 @@ def test_doctor_names_what_lacks_and_its_command(run: Run, monkeypatch: pytest.M
 def test_doctor_says_which_precision_the_embedded_model_takes(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: verdicts take twice as long on one machine as on another, and nobody learns why."""
     monkeypatch.setattr("x2dfd.tower.quick_in_16_bits", lambda device: quick)
-    from x2dfd import doctor
-
     said = {check.name: check.detail for check in doctor._torch()}["precision"]
     assert f"takes {'bf16' if quick else 'fp32'} on this CPU" in said and "AVX-512 BF16" in said
 
 
 def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What is missing shows at the first model otherwise; a truncated face model gives other faces or none."""
-    from x2dfd import checkpoints, doctor
+    from x2dfd import checkpoints
 
     lacking = replace(checkpoints.FAMILIES["llava"], needs=("no_such_package",))
     monkeypatch.setattr(checkpoints, "FAMILIES", {"llava": checkpoints.FAMILIES["llava"], "pixtral": lacking})
@@ -650,12 +654,7 @@ def test_doctor_says_which_families_and_face_models_load(monkeypatch: pytest.Mon
 
 def test_doctor_says_whether_int8_has_its_ranges(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Bug prevented: an installation without them that is found sound, and fails at the first `--dtype int8`."""
-    from x2dfd import doctor
-
-    assert [(check.name, check.ok) for check in doctor._ranges()] == [
-        ("int8 CLIP", True),
-        ("int8 forensic tower", True),
-    ]
+    assert {check.name: check.ok for check in doctor._ranges()} == {"int8 CLIP": True, "int8 forensic tower": True}
     monkeypatch.setattr("x2dfd.tower.CLIP_RANGES", tmp_path / "clip")
     lacking, present = doctor._ranges()
     assert present.ok and lacking.ok is False and "clip.int8.safetensors" in lacking.detail and lacking.mend

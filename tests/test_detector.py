@@ -71,12 +71,6 @@ def clip(photo: Pixels, lights: list[int]) -> bytes:
     return clip_of((np.clip(head + light, 0, 255).astype(np.uint8) for light in lights), rate=5, bit_rate=4_000_000)
 
 
-def weighing(calibration: Calibration, weights: dict[str, float]) -> Calibration:
-    """The same with other weights of some parts."""
-    kinds = {kind: replace(one, weights=one.weights | weights) for kind, one in calibration.kinds.items()}
-    return replace(calibration, kinds=kinds)
-
-
 def test_a_photo_gets_a_whole_report(detector: Detector, folders: tuple[Path, Path], face_photo: Path) -> None:
     """What DESIGN promises of a report is what machines read; an opposing expert must be able to get the same number:
     that of the calibration, over the MLLM's logit and the experts' logits."""
@@ -216,7 +210,8 @@ def test_a_verdict_that_needs_no_language_model_runs_none(
         asked = detector.detect(face_photo, rationale=False)
         assert passes and asked.faces[0].p_fake_mllm is not None
         told = detector.detect(face_photo)
-        monkeypatch.setattr(detector, "calibration", weighing(detector.calibration, {MLLM: 0.0}))
+        kinds = {k: replace(one, weights=one.weights | {MLLM: 0.0}) for k, one in detector.calibration.kinds.items()}
+        monkeypatch.setattr(detector, "calibration", replace(detector.calibration, kinds=kinds))
         monkeypatch.setattr(detector, "_last_encoding", None)
         passes.clear()
         quick = detector.detect(face_photo, rationale=False)
@@ -237,22 +232,22 @@ def test_a_verdict_names_the_kind_that_an_expert_saw(
     detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: a face that was made as a whole reported as changed in part, or cleared by what covers parts."""
+
+    def verdict(score: float, **kinds: float) -> Verdict:
+        said = Evidence(tiny.EXPERT, score, kinds=kinds)
+        monkeypatch.setattr(tiny.Brightness, "judge", lambda self, faces, *_: [said] * len(faces))
+        return detector.detect(face_photo, rationale=False).verdict
+
     both = {kind: Logistic({tiny.EXPERT: 1.0}, {tiny.EXPERT: 0.0}, 0.0) for kind in ("whole", "part")}
     monkeypatch.setattr(detector, "calibration", Calibration(both, 0.3, 0.6))
-    for kinds, kind in (({"whole": 0.9, "part": 0.05}, "whole"), ({"whole": 0.05, "part": 0.9}, "part")):
-        said = Evidence(tiny.EXPERT, 0.95, kinds=kinds)
-        monkeypatch.setattr(tiny.Brightness, "judge", lambda self, faces, *_, said=said: [said] * len(faces))
-        found = detector.detect(face_photo, rationale=False).verdict
+    for found, kind in ((verdict(0.95, whole=0.9, part=0.05), "whole"), (verdict(0.95, whole=0.05, part=0.9), "part")):
         assert (found.label, found.kind) == ("fake", kind)
         assert found.p_fake == pytest.approx(38 / 39)  # odds of 19 for each kind
+    assert verdict(0.02, whole=0.01, part=0.01).kind is None
     none = {tiny.EXPERT: 0.0, MLLM: 0.0}
     weightless = {kind: Logistic(none | {MLLM: 1.0}, none, 5.0) for kind in ("whole", "part")}
     monkeypatch.setattr(detector, "calibration", Calibration(weightless, 0.3, 0.6))
-    assert detector.detect(face_photo, rationale=False).verdict.kind is None  # an expert without a weight names none
-    monkeypatch.setattr(detector, "calibration", Calibration(both, 0.3, 0.6))
-    clear = Evidence(tiny.EXPERT, 0.02, kinds={"whole": 0.01, "part": 0.01})
-    monkeypatch.setattr(tiny.Brightness, "judge", lambda self, faces, *_: [clear] * len(faces))
-    assert detector.detect(face_photo, rationale=False).verdict.kind is None
+    assert verdict(0.95, whole=0.05, part=0.9).kind is None  # an expert without a weight names none
 
 
 def test_every_file_gets_its_row_in_order(detector: Detector, astronaut: Pixels, tmp_path: Path) -> None:
@@ -401,6 +396,18 @@ def test_only_an_expert_that_decides_takes_a_verdict_back(detector: Detector, mo
     assert detector._verdict(0.0, odd).reason == "not_a_photograph"
 
 
+def covers_a_sign(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An expert that decides; its card now says that it knows a sign."""
+    weights = detector.calibration.weights if detector.calibration else {}
+    expert = next(e for e in detector.experts if weights.get(e.card.name, 0.0) > 0)
+    monkeypatch.setattr(expert, "card", replace(expert.card, covers=("FS", "jaw blending")), raising=False)
+    return expert
+
+
+def pass_for_embedded(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detector, "info", replace(detector.info, base={"name": BASE_NAME, "sha256": ""}))
+
+
 def test_the_embedded_model_names_only_signs_that_an_expert_points_at(
     detector: Detector, face_photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,11 +420,9 @@ def test_the_embedded_model_names_only_signs_that_an_expert_points_at(
 
     monkeypatch.setattr("x2dfd.detector.readable", readable)
     detector.detect(face_photo)
-    weights = detector.calibration.weights if detector.calibration else {}
-    expert = next(e for e in detector.experts if weights.get(e.card.name, 0.0) > 0)
-    monkeypatch.setattr(expert, "card", replace(expert.card, covers=("FS", "jaw blending")), raising=False)
+    covers_a_sign(detector, monkeypatch)
     detector.detect(face_photo)
-    monkeypatch.setattr(detector, "info", replace(detector.info, base={"name": BASE_NAME, "sha256": ""}))
+    pass_for_embedded(detector, monkeypatch)
     detector.detect(face_photo)
     assert asked == [False, False, True]
 
@@ -436,10 +441,8 @@ def test_the_embedded_model_writes_only_where_its_words_may_stay(
         return write(encoding, questions, *args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(detector.mllm, "write", writing)
-    monkeypatch.setattr(detector, "info", replace(detector.info, base={"name": BASE_NAME, "sha256": ""}))
-    weights = detector.calibration.weights if detector.calibration else {}
-    expert = next(e for e in detector.experts if weights.get(e.card.name, 0.0) > 0)
-    monkeypatch.setattr(expert, "card", replace(expert.card, covers=("FS", "jaw blending")), raising=False)
+    pass_for_embedded(detector, monkeypatch)
+    expert = covers_a_sign(detector, monkeypatch)
     monkeypatch.setattr(detector, "_verdict", lambda *_: Verdict("fake", 0.9, None, "part"))
     judge = expert.judge
 

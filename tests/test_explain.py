@@ -141,42 +141,46 @@ def test_the_experts_sentence_gives_no_cues(label: str, score: float) -> None:
     assert said_label(sentence) is None
 
 
-def test_a_rationale_against_the_verdict_or_an_expert_is_reported() -> None:
-    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part; A language model copies
+SEEN = [Evidence("blending", 0.9), Evidence("clip", 0.5), Evidence("noise", None)]
+MILD = [Evidence("blending", 0.12), Evidence("clip", 0.9)]
+SEAM = "This image is fake. A clear seam runs along the jaw." + expert_sentence("fake", SEEN)
+WHOLE = "This looks like a face that no camera ever took."
+OBVIOUS, FEW = (
+    "This image is {}. Additionally, the image shows {} blending and clip artifacts supporting {}.".format(*words)
+    for words in (("fake", "obvious", "fake"), ("real", "very few", "real"))
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "evidence", "kind", "told"),
+    [
+        ("This image is real. The nose is warped.", "fake", [], None, ["says real, but the verdict is fake"]),
+        ("This image is real. The nose is warped.", "real", [], None, ["verdict is real", "artifacts: nose geometry"]),
+        ("This image is fake. It is genuine.", "fake", [], None, ["says both real and fake"]),
+        (SEAM, "fake", SEEN, None, []),
+        (SEAM, "inconclusive", SEEN, None, ["says fake, but no answer is given"]),
+        (WHOLE, "fake", [], "part", ["describes a face made as a whole, but the verdict does not"]),
+        (WHOLE, "fake", [], "whole", []),
+        (OBVIOUS, "fake", MILD, None, ["obvious", "blending expert's score is 0.120"]),
+        (FEW, "real", MILD, None, ["very few", "clip expert's score is 0.900"]),
+        (OBVIOUS, "fake", [SEEN[0], Evidence("clip", None)], None, ["clip expert gave no score"]),
+        (OBVIOUS, "fake", MILD[1:], None, ["no blending expert"]),
+        ("This image is fake, with obvious blending artifacts.", "fake", MILD, None, ["score is 0.120"]),
+    ],
+)
+def test_a_rationale_against_the_verdict_or_an_expert_is_reported(
+    text: str, label: str, evidence: list[Evidence], kind: str | None, told: list[str]
+) -> None:
+    """Bug prevented: "a face that no camera ever took" under a photo that was changed in part; a language model copies
     the closing sentence without reading the score."""
-    text = "This image is real. The nose is warped."
-    cues = read_cues(text)
-    assert contradictions(text, "fake", [], cues) == ("The rationale says real, but the verdict is fake.",)
-    (only,) = contradictions(text, "real", [], cues)
-    assert only == "The verdict is real, but the rationale names artifacts: nose geometry."
-    (only,) = contradictions("This image is fake. It is genuine.", "fake", [], ())
-    assert only == "The rationale says both real and fake."
-    evidence = [Evidence("blending", 0.9), Evidence("clip", 0.5), Evidence("noise", None)]
-    text = "This image is fake. A clear seam runs along the jaw." + expert_sentence("fake", evidence)
-    assert contradictions(text, "fake", evidence, read_cues(text)) == ()
-    (only,) = contradictions(text, "inconclusive", evidence, read_cues(text))
-    assert only == "The rationale says fake, but no answer is given."
-    whole, part = "This looks like a face that no camera ever took.", "This fits a face swap."
-    assert (said_kind(whole), said_kind(part), said_kind(f"{whole} {part}")) == ("whole", "part", None)
-    (only,) = contradictions(whole, "fake", [], (), "part")
-    assert only == "The rationale describes a face made as a whole, but the verdict does not."
-    assert contradictions(whole, "fake", [], (), "whole") == ()
-    obvious, few = (
-        "This image is {}. Additionally, the image shows {} blending and clip artifacts supporting {}.".format(*words)
-        for words in (("fake", "obvious", "fake"), ("real", "very few", "real"))
-    )
-    mild = [Evidence("blending", 0.12), Evidence("clip", 0.9)]
-    (found,) = contradictions(obvious, "fake", mild, ())
-    assert "obvious" in found and "blending expert's score is 0.120" in found
-    (found,) = contradictions(few, "real", mild, ())
-    assert "very few" in found and "clip expert's score is 0.900" in found
-    (found,) = contradictions(obvious, "fake", [Evidence("blending", 0.9), Evidence("clip", None)], ())
-    assert "clip expert gave no score" in found
-    (found,) = contradictions(obvious, "fake", mild[1:], ())
-    assert "no blending expert" in found
-    assert any("supporting fake, but the verdict" in c for c in contradictions(obvious[20:], "real", mild[1:], ()))
-    (found,) = contradictions("This image is fake, with obvious blending artifacts.", "fake", mild, ())
-    assert "score is 0.120" in found
+    messages = contradictions(text, label, evidence, read_cues(text), kind)
+    assert len(messages) == bool(told) and all(fact in messages[0] for fact in told)
+
+
+def test_experts_that_support_the_other_verdict_and_the_kind_of_a_text() -> None:
+    assert any("supporting fake, but the verdict" in c for c in contradictions(OBVIOUS[20:], "real", MILD[1:], ()))
+    part = "This fits a face swap."
+    assert (said_kind(WHOLE), said_kind(part), said_kind(f"{WHOLE} {part}")) == ("whole", "part", None)
 
 
 def test_reading_is_fast_and_needs_no_torch() -> None:

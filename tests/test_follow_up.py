@@ -15,24 +15,20 @@ from x2dfd import follow_up
 from x2dfd.answer import origin, stance
 from x2dfd.explain import read_cues, said_labels
 from x2dfd.fetch import BASE_NAME
-from x2dfd.texts import _CLOSINGS, called_fake, cue_clause, readable, says_all, signs_to_name
+from x2dfd.texts import _CLOSINGS, called_fake, readable, says_all, signs_to_name
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
+PART, WHOLE = (Verdict("fake", 0.9, None, kind) for kind in ("part", "whole"))
+SURE = (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.85))
 POINTS = (Evidence("tower", 0.96, cues=(Cue("jaw", "blending", 0.8),)), Evidence("other", 0.1))
-
-
-def test_every_clause_reads_back_as_its_cue() -> None:
-    for area, artifact in product(AREAS, ARTIFACTS):
-        assert read_cues(cue_clause(Cue(area, artifact)).capitalize() + ".") == (Cue(area, artifact),)
 
 
 @pytest.mark.parametrize("verdict", [Verdict("real", 0.1), Verdict("inconclusive", 0.6, "in_band", "part")])
 def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -> None:
     """Bug prevented: a seam, present or denied, in the text under a real or an undecided photo."""
     wrong = "A seam runs along the jaw. The eyebrows show no colour shift. The eyes keep natural fine detail. "
-    wrong += (
-        "No manipulation: the photo is real. Additionally, the image shows obvious tower artifacts supporting fake."
-    )
+    wrong += "No manipulation: the photo is real. "
+    wrong += "Additionally, the image shows obvious tower artifacts supporting fake."
     text = readable(wrong, verdict, POINTS)
     assert not read_cues(text) and not said_labels(text)
     assert not any(word in text for word in ("seam", "shift", "Additionally", "photo is real", "fine detail"))
@@ -43,24 +39,20 @@ def test_no_sign_is_named_on_a_photo_that_is_not_called_fake(verdict: Verdict) -
 def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
     """Bug prevented: "Skin blur: the skin looks softer", read twice; a close that names no sign and no area."""
     whole = "This looks like a face that no camera ever took."
-    generated = Verdict("fake", 0.9, None, "whole")
     # A face that was made at one go has no seam, and single areas of it were named wrongly.
     for local in (whole, f"{whole} A seam runs along the jaw.", "Fine detail is missing in the teeth."):
-        text = readable(local, generated, POINTS)
+        text = readable(local, WHOLE, POINTS)
         assert text.startswith("The face looks generated as a whole. Such traces") and not read_cues(text)
-    text = readable(f"A fine grid lies over the whole image. {whole}", generated, POINTS)
+    text = readable(f"A fine grid lies over the whole image. {whole}", WHOLE, POINTS)
     assert text == "The face looks generated as a whole. A fine grid lies over the whole image."
-    text = readable(whole, Verdict("fake", 0.9, None, "part"), POINTS)
+    text = readable(whole, PART, POINTS)
     assert text == "A part of the photo looks changed. A seam runs along the jaw."
     said = "Skin blur: the skin looks softer than the rest; jaw blending: the jaw shows a seam. "
     said += "A face swap leaves such traces."
-    text = readable(said, Verdict("fake", 0.9, None, "part"), POINTS)
+    text = readable(said, PART, POINTS)
     assert text == "A part of the photo looks changed. The skin looks softer than the rest; the jaw shows a seam."
-    twice = readable(
-        "The mouth looks obviously frozen. The mouth looks noticeably frozen. The nose is grainy,",
-        Verdict("fake", 0.9, None, "part"),
-        (),
-    )
+    said = "The mouth looks obviously frozen. The mouth looks noticeably frozen. The nose is grainy,"
+    twice = readable(said, PART, ())
     assert twice == "A part of the photo looks changed. The mouth looks obviously frozen. The nose is grainy."
     needed = "Jaw blur: it is everywhere."  # the name in front is all that names the place
     assert needed in readable(needed, Verdict("fake", 0.9), POINTS)
@@ -69,15 +61,13 @@ def test_a_text_says_one_thing_once_and_of_the_kind_of_fake() -> None:
 def test_a_text_names_every_sign_that_an_expert_is_sure_of() -> None:
     """Bug prevented: the language model writes of the first of three signs, and the reader looks at no other; or a
     sign that is as often wrong as right stands beside one that is sure."""
-    fake, points = Verdict("fake", 0.9, None, "part"), (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.85))
+    fake, points = PART, SURE
     said = "The nose looks obviously grainy."
     more = (*points, Cue("skin", "noise", 0.8), Cue("hair", "blur", 0.79), Cue("neck", "blur", 0.2))
     tower = Evidence("tower", 0.96, cues=more)
     text = readable(said, fake, (tower,))
-    assert (
-        text
-        == f"A part of the photo looks changed. {said} A seam runs along the jaw, and a layer of noise covers the skin."
-    )
+    further = "A seam runs along the jaw, and a layer of noise covers the skin."
+    assert text == f"A part of the photo looks changed. {said} {further}"
     assert [(c.area, c.artifact) for c in read_cues(text)] == [(c.area, c.artifact) for c in more[:3]]
     faint = Evidence("tower", 0.96, cues=(points[0], Cue("jaw", "blending", 0.79)))
     assert readable(said, fake, (faint,)) == f"A part of the photo looks changed. {said}"
@@ -93,13 +83,12 @@ def test_a_text_names_every_sign_that_an_expert_is_sure_of() -> None:
     assert readable(four, fake, (tower,)) == f"A part of the photo looks changed. {four}"
     alone = readable("", fake, (tower,))
     assert [(c.area, c.artifact) for c in read_cues(alone)] == [(c.area, c.artifact) for c in more[:3]]
-    assert "seam" not in readable(said, Verdict("fake", 0.9, None, "whole"), (tower,))
+    assert "seam" not in readable(said, WHOLE, (tower,))
 
 
 def test_a_text_is_cut_off_only_where_the_rest_would_be_left_out() -> None:
     """Bug prevented: a second sign lost for a tenth of a second, or seconds spent on words that nobody sees."""
-    fake, points = Verdict("fake", 0.9, None, "part"), (Cue("nose", "noise", 0.9), Cue("jaw", "blending", 0.85))
-    experts = (Evidence("tower", 0.96, cues=points),)
+    fake, experts = PART, (Evidence("tower", 0.96, cues=SURE),)
     signs = signs_to_name(fake, experts)
     assert signs == {("nose", "noise"), ("jaw", "blending")}
     text = "Nose noise: the nose looks grainy. Jaw blending: a seam runs along the jaw. This fits a face swap."
@@ -110,10 +99,8 @@ def test_a_text_is_cut_off_only_where_the_rest_would_be_left_out() -> None:
     one = "Nose noise: the nose looks grainy. This"
     assert says_all(one, fake, signs) and not says_all(one[:-5], fake, signs) and not says_all("This", fake, signs)
     assert not says_all("Skin blur: the skin is blurred. This", fake, signs)  # nothing of it stays
-    whole = Verdict("fake", 0.9, None, "whole")
-    assert signs_to_name(whole, (Evidence("tower", 0.96, cues=(*points, Cue("whole-image", "frequency", 0.9))),)) == {
-        ("whole-image", "frequency")
-    }
+    everywhere = Evidence("tower", 0.96, cues=(*SURE, Cue("whole-image", "frequency", 0.9)))
+    assert signs_to_name(WHOLE, (everywhere,)) == {("whole-image", "frequency")}
 
 
 def test_closing_sentences_of_training_answers_are_known_by_their_beginnings() -> None:
@@ -124,18 +111,20 @@ def test_closing_sentences_of_training_answers_are_known_by_their_beginnings() -
 
 
 def test_signs_in_one_sentence_read_back_as_they_were() -> None:
-    """Bug prevented: "and" that makes a blur of the eyes out of a seam at the jaw."""
+    """Bug prevented: a clause that names another sign than its own; "and" that makes a blur of the eyes out of a seam
+    at the jaw."""
     drawn, every = Random(0), [Cue(area, artifact) for area, artifact in product(AREAS, ARTIFACTS)]
-    for _ in range(300):
-        cues = tuple(drawn.sample(every, 3))
-        assert read_cues(called_fake(Verdict("fake", 0.9), (Evidence("tower", 0.9, cues=cues),))) == cues
+    for _ in range(5):
+        drawn.shuffle(every)
+        for i in range(0, len(every), 3):
+            cues = tuple(every[i : i + 3])
+            assert read_cues(called_fake(Verdict("fake", 0.9), (Evidence("tower", 0.9, cues=cues),))) == cues
 
 
 def test_disagreement_and_missing_answers_are_said() -> None:
     undecided = Verdict("inconclusive", 0.6, "in_band")
     assert "disagree" in readable("", undecided, POINTS)
     assert "disagree" not in readable("", undecided, POINTS[:1])
-    undecided = Verdict("inconclusive", 0.6, "in_band")
     assert "only for the likelier side (fake)" in stance(undecided, "A seam runs along the jaw.")
     assert "for neither side" in stance(undecided, readable("", undecided, POINTS))
     assert "(argues for the answer: likely fake)" in str(report())
@@ -180,18 +169,17 @@ def test_the_embedded_models_report_is_answered_from_its_facts() -> None:
     other = report(faces=(one,))
     assert follow_up.from_report(own, one, "hello") == follow_up.HELP
     assert "noise covers the nose" in (follow_up.from_report(own, one, "is the nose ok?") or "")
-    assert "a seam runs along the jaw (says the tower expert)" in (
-        follow_up.from_report(own, one, "And the jaw?") or ""
-    )
+    told = follow_up.from_report(own, one, "And the jaw?") or ""
+    assert "a seam runs along the jaw (says the tower expert)" in told
     other_kinds = Evidence("other", 0.9, kinds={"whole": 0.07, "part": 0.93})
     kinds = Evidence("tower", 0.9, kinds={"whole": 0.81, "part": 0.09})
-    both = face(verdict=Verdict("fake", 0.9, None, "whole"), evidence=(other_kinds, kinds))
+    both = face(verdict=WHOLE, evidence=(other_kinds, kinds))
     weighed = replace(own, model=own.model | {"weights": {"other": 0, "tower": 1}})
     said = follow_up.from_report(weighed, both, "which technique made it?") or ""
     assert "81 %" in said and "93 %" not in said  # an expert without a weight tells no kind
     named = replace(both, evidence=(replace(kinds, expert="MyExpert"),))
     assert "MyExpert" in (follow_up.from_report(own, named, "what does myexpert see") or "")
-    whole = face(verdict=Verdict("fake", 0.9, None, "whole"), evidence=POINTS, cues=())
+    whole = face(verdict=WHOLE, evidence=POINTS, cues=())
     for asked in ("And the jaw?", "Where?"):  # areas named of a face that was generated whole were wrong
         assert "seam" not in (said := follow_up.from_report(own, whole, asked) or "") and "map" not in said and said
     assert "no sign at the ears" in (follow_up.from_report(own, one, "what about the ears") or "")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,30 +45,17 @@ def crops(astronaut: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.stack([np.roll(astronaut[10 * i : 224 + 10 * i, 100:324], 3 * i, 1) for i in range(8)])
 
 
-@pytest.fixture
-def changed(base: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Any]], None]], Path]:
-    """The base with other tensors in its weight file."""
-
-    def change(edit: Callable[[dict[str, Any]], None]) -> Path:
-        folder = shutil.copytree(base, tmp_path / "changed")
-        state = load_file(folder / "model.safetensors")
-        edit(state)
-        save_file(state, folder / "model.safetensors", {"format": "pt"})
-        return Path(folder)
-
-    return change
+Edit = Callable[[dict[str, torch.Tensor]], object]
+"""It changes some tensors of a model."""
 
 
-def stock_logits(mllm: LocalMLLM, crop: NDArray[np.uint8], text: str) -> NDArray[np.float64]:
-    """Next-token logits of transformers' own model on the processor's own inputs."""
-    inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
-    with torch.inference_mode():
-        return np.asarray(mllm._model(**inputs).logits[0, -1].double().numpy())
-
-
-def fake_minus_real(mllm: LocalMLLM, logits: NDArray[np.float64]) -> float:
-    fake, real = (mllm.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in (" fake", " real"))
-    return float(logits[fake] - logits[real])
+def changed(base: Path, copy: Path, edit: Edit) -> Path:
+    """A copy of the base with other tensors in its weight file."""
+    shutil.copytree(base, copy)
+    state = load_file(copy / "model.safetensors")
+    edit(state)
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    return copy
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -109,29 +94,19 @@ def test_several_feature_layers_are_joined_as_the_stock_model_does(
     base: Path, crops: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     """Joined in another order, the projector's input is scrambled and nothing says so."""
-    config = json.loads((base / "config.json").read_text())
-    folder = Path(shutil.copytree(base, tmp_path / "joined"))
-    state = load_file(folder / "model.safetensors")
-    (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
-    state[key] = torch.randn(len(state[key]), 2 * 32) * 0.2
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": [1, 3]}))
+    folder = changed(base, tmp_path / "joined", wider(2 * 32))
+    tiny.edit_json(folder / "config.json", vision_feature_layer=[1, 3])
     mllm = LocalMLLM(*load_model(folder), "joined")
     got = mllm.verdict_logits(mllm.encode(crops[:1]), QUESTIONS[:1])
     text = prompts.render(mllm.processor, QUESTIONS[0], prompts.STEM)
-    assert got[0] == pytest.approx(fake_minus_real(mllm, stock_logits(mllm, crops[0], text)), abs=1e-4)
+    inputs = mllm.processor(images=Image.fromarray(crops[0]), text=text, return_tensors="pt")
+    with torch.inference_mode():
+        logits = mllm._model(**inputs).logits[0, -1].double().numpy()
+    fake, real = (mllm.tokenizer(w, add_special_tokens=False)["input_ids"][0] for w in (" fake", " real"))
+    assert got[0] == pytest.approx(logits[fake] - logits[real], abs=1e-4)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def generated(mllm: LocalMLLM, crop: NDArray[np.uint8], question: str, start: str) -> list[int]:
-    """Ten greedy tokens of transformers' own `generate`."""
-    text = prompts.render(mllm.processor, question, start)
-    inputs = mllm.processor(images=Image.fromarray(crop), text=text, return_tensors="pt")
-    with torch.inference_mode():
-        whole = mllm._model.generate(**inputs, max_new_tokens=10, do_sample=False)
-    return [int(t) for t in whole[0, inputs["input_ids"].shape[1] :]]
 
 
 def test_drawn_texts_are_those_of_their_picture(
@@ -155,7 +130,11 @@ def test_the_end_token_ends_the_text_and_is_not_part_of_it(mllm: LocalMLLM, crop
     """Without an end, every rationale runs on to the limit."""
     told: list[str] = []
     start = prompts.rationale_start("fake")
-    ids = generated(mllm, crops[0], QUESTIONS[0], start)
+    prompt = prompts.render(mllm.processor, QUESTIONS[0], start)
+    inputs = mllm.processor(images=Image.fromarray(crops[0]), text=prompt, return_tensors="pt")
+    with torch.inference_mode():  # ten greedy tokens of transformers' own
+        whole = mllm._model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    ids = whole[0, inputs["input_ids"].shape[1] :].tolist()
     assert ids[3] not in ids[:3]
     usual, mllm.tokenizer.eos_token = mllm.tokenizer.eos_token, mllm.tokenizer.convert_ids_to_tokens(ids[3])
     try:
@@ -249,10 +228,10 @@ def test_chosen_layers_are_those_that_were_asked_for(base: Path, crops: NDArray[
         load_model(base, tower_layers=2, feature_layers=[3])
 
 
-def drop(part: str) -> Callable[[dict[str, Any]], None]:
+def drop(part: str) -> Edit:
     """An edit that leaves out the tensors of a part."""
 
-    def edit(state: dict[str, Any]) -> None:
+    def edit(state: dict[str, torch.Tensor]) -> None:
         gone = [name for name in state if part in name]
         assert gone
         for name in gone:
@@ -261,9 +240,14 @@ def drop(part: str) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-def widen(state: dict[str, Any]) -> None:
-    (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
-    state[key] = torch.zeros(64, 99)
+def wider(width: int) -> Edit:
+    """An edit that makes a projector for inputs of that width."""
+
+    def edit(state: dict[str, torch.Tensor]) -> None:
+        (key,) = (k for k in state if "multi_modal_projector.linear_1.weight" in k)
+        state[key] = torch.randn(len(state[key]), width) * 0.2
+
+    return edit
 
 
 @pytest.mark.parametrize(
@@ -273,25 +257,22 @@ def widen(state: dict[str, Any]) -> None:
         (drop("multi_modal_projector.linear_1.weight"), "multi_modal_projector"),
         (drop("vision_tower"), "vision_tower"),
         (drop("embed_tokens"), "embed_tokens"),
-        (widen, "linear_1"),
+        (wider(99), "linear_1"),
         (lambda state: state.update({"model.language_model.odd_one.weight": torch.zeros(2)}), "odd_one"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(changed: Any, edit: Callable[[dict[str, Any]], None], named: str) -> None:
+def test_weights_that_do_not_fit_are_refused(base: Path, tmp_path: Path, edit: Edit, named: str) -> None:
     """transformers fills what is missing with random numbers, and the model then answers at random."""
     with raises("model_does_not_fit", named):
-        load_model(changed(edit))
+        load_model(changed(base, tmp_path / "changed", edit))
 
 
 def test_a_missing_head_is_refused_where_it_is_not_the_embedding(tmp_path: Path) -> None:
     """An untied head that is not in the file would be random: label logits of noise."""
     folder = tiny.write_base(tmp_path / "base", text_layers=1, tied=False)
     load_model(folder)
-    state = load_file(folder / "model.safetensors")
-    drop("lm_head")(state)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
     with raises("model_does_not_fit", "lm_head"):
-        load_model(folder)
+        load_model(changed(folder, tmp_path / "changed", drop("lm_head")))
 
 
 def test_a_model_that_cannot_be_read_is_refused(base: Path, tmp_path: Path) -> None:
@@ -309,11 +290,10 @@ def test_a_model_that_cannot_be_read_is_refused(base: Path, tmp_path: Path) -> N
 
 
 def test_only_the_embedded_base_may_lack_its_projector(
-    changed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded base's projector comes with the adapter; anybody else's would be random for good."""
-
-    folder = changed(drop("multi_modal_projector"))
+    folder = changed(base, tmp_path / "changed", drop("multi_modal_projector"))
     with raises("model_does_not_fit", "multi_modal_projector"):
         load_model(folder)
     (folder / "base.json").write_text("{}")
@@ -341,10 +321,7 @@ def test_words_that_begin_with_one_token_are_refused(
 def test_a_base_is_known_by_its_weights(base: Path, tmp_path: Path) -> None:
     """A folder's name says nothing: an adapter must find the weights it was trained on."""
     same = shutil.copytree(base, tmp_path / "elsewhere")
+    other = changed(base, tmp_path / "other", lambda state: next(iter(state.values())).add_(1))
     assert base_identity(base)["sha256"] == base_identity(same)["sha256"] != ""
-    state = load_file(same / "model.safetensors")
-    name = next(k for k in state if "embed_tokens" in k)
-    state[name][0, 0] += 1
-    save_file(state, same / "model.safetensors", {"format": "pt"})
-    assert base_identity(base)["sha256"] != base_identity(same)["sha256"]
+    assert base_identity(base)["sha256"] != base_identity(other)["sha256"]
     assert base_identity("llava-hf/llava-1.5-7b-hf") == {"name": "llava-hf/llava-1.5-7b-hf", "sha256": ""}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from typer.testing import CliRunner
 import x2dfd
 from tests import stub
 from tests.pictures import encoded
+from tests.raising import raises
 from x2dfd import cli
 from x2dfd.detector import Detector
-from x2dfd.errors import InputError, SetupError
+from x2dfd.errors import SetupError
 from x2dfd.types import Failure, Report
 
 STAGES = ["x2dfd.media.sniff", "x2dfd.faces._meshes", "x2dfd.intake.read_provenance"]
@@ -44,8 +46,9 @@ def pictures(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def raise_once(monkeypatch: pytest.MonkeyPatch, stage: str, kind: Callable[[], BaseException]) -> None:
-    """The first call of the stage raises; the others do their work."""
+@contextmanager
+def failing_once(stage: str, kind: Callable[[], BaseException]) -> Iterator[pytest.MonkeyPatch]:
+    """Within the block, the first call of the stage raises; the others do their work."""
     module, _, name = stage.rpartition(".")
     original = getattr(__import__(module, fromlist=[name]), name)
     calls: list[int] = []
@@ -56,28 +59,25 @@ def raise_once(monkeypatch: pytest.MonkeyPatch, stage: str, kind: Callable[[], B
             raise kind()
         return original(*given, **named)
 
-    monkeypatch.setattr(stage, first_fails)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, first_fails)
+        yield patch
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_whatever_a_file_makes_a_library_raise_is_its_row(
-    stage: str, kind: str, detector: Detector, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, kind: str, detector: Detector, pictures: list[Path], tmp_path: Path
 ) -> None:
     """A small FLV raised IndexError inside PyAV: `detect` ended with a traceback and every resume stopped there."""
     code = CODES.get(kind, "failed")
-    with monkeypatch.context() as patch:
-        raise_once(patch, stage, KINDS[kind])
-        with pytest.raises(InputError) as caught:
-            detector.detect(pictures[0])
-        assert caught.value.code == code and caught.value.reason
-    with monkeypatch.context() as patch:
-        raise_once(patch, stage, KINDS[kind])
+    with failing_once(stage, KINDS[kind]), raises(code):
+        detector.detect(pictures[0])
+    with failing_once(stage, KINDS[kind]):
         bad, good = detector.detect_many(pictures)
-        assert isinstance(bad, Failure) and bad.code == code and bad.sha256 and isinstance(good, Report)
-    with monkeypatch.context() as patch:
+        assert isinstance(bad, Failure) and bad.code == code and bad.reason and bad.sha256 and isinstance(good, Report)
+    with failing_once(stage, KINDS[kind]) as patch:
         patch.setattr(x2dfd, "load", lambda *_, **__: detector)
-        raise_once(patch, stage, KINDS[kind])
         out = tmp_path / "rows.jsonl"
         done = CliRunner().invoke(cli.app, ["detect", *map(str, pictures), "--json", "--out", str(out)])
         assert done.exit_code == 0, done.output
@@ -89,28 +89,20 @@ def test_whatever_a_file_makes_a_library_raise_is_its_row(
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, lambda: SetupError("the trust list cannot be read")])
 def test_an_interrupt_and_a_wrong_set_up_end_the_run(
-    stage: str,
-    kind: Callable[[], BaseException],
-    detector: Detector,
-    pictures: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
+    stage: str, kind: Callable[[], BaseException], detector: Detector, pictures: list[Path]
 ) -> None:
     """A user who stops a run, or whose set-up is wrong for every file, must not get a thousand rows of it."""
-    raise_once(monkeypatch, stage, kind)
-    with pytest.raises((KeyboardInterrupt, SetupError)):
+    with failing_once(stage, kind), pytest.raises((KeyboardInterrupt, SetupError)):
         list(detector.detect_many(pictures))
 
 
-def test_a_clip_whose_frames_break_the_face_finder_is_a_row(
-    detector: Detector, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clip_whose_frames_break_the_face_finder_is_a_row(detector: Detector) -> None:
     """Faces of a clip are found inside its decoder: their failure must not be told as one of decoding."""
     frames = [Image.new("RGB", (40, 40), (20 * i, 0, 0)) for i in range(3)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    with monkeypatch.context() as patch:
-        raise_once(patch, "x2dfd.faces._meshes", lambda: SetupError("the face models are missing"))
-        with pytest.raises(SetupError):  # of no clip: it would make every video 'cannot be read'
-            detector.detect(data)
-    raise_once(monkeypatch, "x2dfd.faces._meshes", KINDS["IndexError"])
-    [row] = detector.detect_many([data])
+    missing = SetupError("the face models are missing")  # of no clip: it would make every video 'cannot be read'
+    with failing_once("x2dfd.faces._meshes", lambda: missing), pytest.raises(SetupError):
+        detector.detect(data)
+    with failing_once("x2dfd.faces._meshes", KINDS["IndexError"]):
+        [row] = detector.detect_many([data])
     assert isinstance(row, Failure) and row.code == "failed" and "finding faces" in row.reason

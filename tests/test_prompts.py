@@ -18,7 +18,8 @@ from x2dfd.checkpoints import load_model
 from x2dfd.mllm import LocalMLLM
 from x2dfd.types import Cue, Evidence
 
-BLENDING, DIFFUSION = Evidence("blending", 0.812), Evidence("diffusion", 0.153)
+BLENDING, NONE = Evidence("blending", 0.812), Evidence("B", None, "no face")
+POINTING = Evidence("C", 0.9, cues=(Cue("jaw", "blending", 0.8), Cue("skin", "colour")))
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +32,13 @@ def llava_15() -> Any:
     [
         ([], ""),
         ([BLENDING], " And the blending score is 0.812."),
-        ([BLENDING, DIFFUSION], " And the blending score is 0.812, and the diffusion score is 0.153."),
+        ([BLENDING, Evidence("a", 0.12349)], " And the blending score is 0.812, and the a score is 0.123."),
         (
-            [DIFFUSION, Evidence("Clip", None), BLENDING],
-            " And the diffusion score is 0.153, the clip score is N/A, and the blending score is 0.812.",
+            [Evidence("A", 1.0), NONE, BLENDING],
+            " And the a score is 1.000, the b score is N/A, and the blending score is 0.812.",
         ),
-        ([Evidence("FORGERY", 1.0)], " And the forgery score is 1.000."),
-        ([Evidence("a", 0.12349)], " And the a score is 0.123."),
         ([Evidence("a", 1e-9)], " And the a score is 0.000."),
-        ([Evidence("a", None, "no face")], " And the a score is N/A."),
-        (
-            [BLENDING, Evidence("C", 0.9, cues=(Cue("jaw", "blending", 0.8), Cue("skin", "colour")))],
-            " And the blending score is 0.812, and the c score is 0.900. "
-            "The c expert points at jaw blending and skin colour.",
-        ),
+        ([POINTING], " And the c score is 0.900. The c expert points at jaw blending and skin colour."),
     ],
 )
 def test_the_question_and_its_expert_scores_are_those_of_x2dfd(evidence: list[Evidence], tail: str) -> None:

@@ -180,13 +180,8 @@ class Detector:
                 streamed = selected[0] is batch[0] and batch[0].verdict.label == "fake"  # other texts are mended
                 crops = np.stack([f.view for f in through_codec([found_faces[f.index].face for f in selected])])
                 with self._encoded(crops) as encoding:
-                    rationales = self.mllm.write(
-                        encoding,
-                        self._questions([f.evidence for f in selected]),
-                        [prompts.rationale_start(f.verdict.side) for f in selected],
-                        on_text=on_text if i == 0 and streamed else None,
-                        enough=self._enough([(f.verdict, f.evidence) for f in selected]),
-                    )
+                    judged = [(f.verdict, f.evidence) for f in selected]
+                    rationales = self._write(encoding, judged, on_text if i == 0 and streamed else None)
                 texts |= zip((f.index for f in selected), rationales, strict=True)
             explained |= {f.index: self._with_rationale(f, found_faces[f.index].face, texts[f.index]) for f in batch}
         decider = explained[order[0].index] if order else None
@@ -270,10 +265,7 @@ class Detector:
                 judged = list(zip(verdicts, evidence, strict=True))
                 if selected := [k for k, face in enumerate(judged) if rationale and self._gets_rationale(*face)]:
                     subset = encoding if len(selected) == len(batch) else encoding.part(selected)
-                    starts = [prompts.rationale_start(verdicts[k].side) for k in selected]
-                    enough = self._enough([judged[k] for k in selected])
-                    rationales = self.mllm.write(subset, [questions[k] for k in selected], starts, enough=enough)
-                    texts |= zip(selected, rationales, strict=True)
+                    texts |= zip(selected, self._write(subset, [judged[k] for k in selected]), strict=True)
                     clock.lap("rationale")
             for k, (found, logit, row, verdict) in enumerate(zip(batch, logits, evidence, verdicts, strict=True)):
                 report = FaceReport(
@@ -303,11 +295,20 @@ class Detector:
             return False
         return not self._pointed_only or bool(signs_to_name(verdict, self._counted(evidence)))
 
-    def _enough(self, faces: Sequence[tuple[Verdict, Sequence[Evidence]]]) -> list[Callable[[str], bool]]:
-        """For each face, whether its text needs no further word; empty where a text is written to its end."""
-        if not self._pointed_only:
-            return []
-        return [partial(says_all, verdict=v, signs=signs_to_name(v, self._counted(e))) for v, e in faces]
+    def _write(
+        self,
+        encoding: Encoding,
+        faces: Sequence[tuple[Verdict, Sequence[Evidence]]],
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[str]:
+        """The MLLM's text about each encoded face, which it may stop where the rest would be left out."""
+        starts = [prompts.rationale_start(verdict.side) for verdict, _ in faces]
+        enough: list[Callable[[str], bool]] = []
+        if self._pointed_only:
+            enough = [partial(says_all, verdict=v, signs=signs_to_name(v, self._counted(e))) for v, e in faces]
+        return self.mllm.write(
+            encoding, self._questions([evidence for _, evidence in faces]), starts, on_text=on_text, enough=enough
+        )
 
     @property
     def _pointed_only(self) -> bool:

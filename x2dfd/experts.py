@@ -253,16 +253,14 @@ def _checked(name: str, answers: list[Evidence], n: int) -> list[Evidence]:
         notes = [e.note] if e.note else []
         kinds = {k: float(v) for k, v in e.kinds.items() if score is not None}
         if not all(k in KINDS and 0 <= v <= 1 for k, v in kinds.items()):
-            kinds, notes = {}, [*notes, "its numbers for the kinds of fake are not probabilities and were dropped"]
+            kinds = {}
+            notes.append("its numbers for the kinds of fake are not probabilities and were dropped")
         cues = tuple(replace(c, score=None if c.score is None else float(c.score)) for c in e.cues)
         cells = tuple(tuple(float(v) for v in row) for row in e.map)
         no_photo = None if e.no_photo is None else float(e.no_photo)
         if not all(0 <= v <= 1 for v in (*(c.score or 0.0 for c in cues), *(v for row in cells for v in row))):
-            cues, cells, notes = (
-                (),
-                (),
-                [*notes, "its cues and map hold other numbers than probabilities and were dropped"],
-            )
+            cues, cells = (), ()
+            notes.append("its cues and map hold other numbers than probabilities and were dropped")
         if no_photo is not None and not 0 <= no_photo <= 1:
             notes.append(f"its P(no photograph) {no_photo} is not a probability and was dropped")
             no_photo = None

@@ -53,23 +53,17 @@ UNCOUNTED = "Has no weight of its own in the verdict."
 def shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[str, Pictures]:
     """The file's SHA-256, and the picture, or the wanted ones of a clip's `frames`, as the page has them.
 
-    Raises InputError.
+    They are shrunk at once, as a thousand camera photos would fill the memory. Raises InputError.
     """
-    from PIL import Image
-
     from x2dfd.media import Frame, Picture, load_media
 
-    def small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        image = Image.fromarray(pixels)  # shrunk at once: a thousand camera photos would fill the memory
-        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        return np.asarray(image, dtype=np.uint8)
-
     def keep(frame: Frame) -> Frame:
-        return replace(frame, pixels=small(frame.pixels) if frame.index in wanted else frame.pixels[:0])
+        pixels = _shrunk(frame.pixels, MAX_SIDE) if frame.index in wanted else frame.pixels[:0]
+        return replace(frame, pixels=pixels)
 
     media = load_media(source, max_frames=frames, keep=keep)
     if isinstance(media, Picture):
-        return media.sha256, small(media.pixels)
+        return media.sha256, _shrunk(media.pixels, MAX_SIDE)
     return media.sha256, {frame.index: frame.pixels for frame in media.frames if frame.index in wanted}
 
 
@@ -419,7 +413,19 @@ def overlays(face: FaceReport) -> list[dict[str, str | float]]:
     """
     if len(face.crop) != 3 or face.verdict.p_fake is None:
         return []
-    return [_map(face.crop, e.map, e.expert) for e in face.evidence if _square(e.map)]
+    (x, y), right, down = face.crop
+    made: list[dict[str, str | float]] = []
+    for e in face.evidence:
+        side = len(e.map)
+        if side == 0 or any(len(row) != side for row in e.map):
+            continue
+        pixels = np.zeros((side, side, 4), np.uint8)  # one a cell
+        pixels[..., :3] = (150, 30, 255)  # no skin is violet
+        pixels[..., 3] = 110 * np.clip(np.asarray(e.map, np.float32), 0, 1)  # the face is to be seen through it
+        matrix = ((right[0] - x) / side, (right[1] - y) / side, (down[0] - x) / side, (down[1] - y) / side, x, y)
+        placed = " ".join(f"{v:.4f}" for v in matrix)
+        made.append({"uri": _data_uri(pixels, "png"), "matrix": placed, "side": side, "expert": e.expert})
+    return made
 
 
 def closer(face: FaceReport, width: float, height: float) -> str:
@@ -443,38 +449,25 @@ def points_at(face: FaceReport) -> bool:
     return any(value >= 0.5 for e in face.evidence for row in e.map for value in row)
 
 
-def _square(rows: Sequence[Sequence[float]]) -> bool:
-    return len(rows) > 0 and all(len(row) == len(rows) for row in rows)
-
-
-def _map(
-    corners: Sequence[tuple[float, float]], rows: Sequence[Sequence[float]], expert: str
-) -> dict[str, str | float]:
-    """An expert's map as a picture of one pixel a cell, and the matrix that lays it over the crop it was made of."""
-    from PIL import Image
-
-    values = np.clip(np.asarray(rows, np.float32), 0, 1)
-    pixels = np.zeros((*values.shape, 4), np.uint8)
-    pixels[..., :3] = (150, 30, 255)  # no skin is violet
-    pixels[..., 3] = 110 * values  # the face is to be seen through it
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    (x, y), right, down = corners
-    side = len(rows)
-    matrix = ((right[0] - x) / side, (right[1] - y) / side, (down[0] - x) / side, (down[1] - y) / side, x, y)
-    uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return {"uri": uri, "matrix": " ".join(f"{v:.4f}" for v in matrix), "side": side, "expert": expert}
-
-
 def jpeg_uri(pixels: NDArray[np.uint8], side: int = MAX_SIDE) -> str:
     """A picture [H, W, 3] as a data URI, its longer side at most `side` pixels."""
+    return _data_uri(_shrunk(pixels, side), "jpeg", quality=85)
+
+
+def _shrunk(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     from PIL import Image
 
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _data_uri(pixels: NDArray[np.uint8], format: str, **options: int) -> str:
+    from PIL import Image
+
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    Image.fromarray(pixels).save(buffer, format, **options)
+    return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _provenance(provenance: Json) -> tuple[str, str, list[tuple[str, str]]]:

@@ -91,7 +91,8 @@ def tower_first(
 ) -> tuple[TowerFirst, dict[str, str], str]:
     """The model with its tower alone, the identity of its base, and the hash of its prompts.
 
-    Its other files are checked here, too, but only loading `whole` shows whether they fit the base.
+    Its other files are checked here, too, but only loading `whole` shows whether they fit the base. Raises SetupError,
+    and UnknownName for a chat template that is not known.
     """
     with ThreadPoolExecutor(1) as background:
         hashing = background.submit(base_identity, None)  # meanwhile: reading the tower's weights
@@ -108,7 +109,9 @@ def tower_first(
                 "the directory again",
                 code="tower_layers_invalid",
             ) from error
-        prompt_sha256 = prompts_of_base(card)
+        processor = cast(prompts.Processor, _ChatTemplate())
+        prompts.set_chat_template(processor, card.frame)
+        prompt_sha256 = prompts.prompt_hash(processor, card.score_form)
         identity = hashing.result()
     check_adapter(folder, card, identity, prompt_sha256)
     name = f"{card.name} {card.version}"
@@ -124,10 +127,3 @@ class _ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(self.chat_template)
         return template.render(messages=conversation, add_generation_prompt=add_generation_prompt)
-
-
-def prompts_of_base(card: AdapterCard) -> str:
-    """`prompts.prompt_hash` of the embedded base with a card's template, without loading it. Raises UnknownName."""
-    processor = cast(prompts.Processor, _ChatTemplate())
-    prompts.set_chat_template(processor, card.frame)
-    return prompts.prompt_hash(processor, card.score_form)

@@ -14,13 +14,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from x2dfd.assessment.ask import BANK, Answerer, CueQuestion, Floats, ask_all, chosen_pictures, read_questions
+from x2dfd.assessment.ask import BANK, Answerer, CueQuestion, Floats, Pair, ask_all, chosen_pictures, read_questions
 from x2dfd.assessment.rank import (
     MIN_PRESENT,
     RANKED_BY,
@@ -87,10 +87,10 @@ def assess(
 
     truth = _truth(data, pictures)
     entries = [_entry([q], [j], p_yes, truth) for j, q in enumerate(questions)]
-    by_cue: dict[tuple[str, str], list[int]] = {}
+    by_cue: dict[Pair, list[int]] = {}
     for j, q in enumerate(questions):
-        if q.area is not None and q.artifact is not None and q.origin != "random":
-            by_cue.setdefault((q.area, q.artifact), []).append(j)
+        if q.cue is not None and q.origin != "random":
+            by_cue.setdefault(q.cue, []).append(j)
     rankings = {
         "cues": Ranking(
             [_entry([questions[j] for j in js], js, p_yes, truth) for js in by_cue.values()], truth, seed, top_k
@@ -123,9 +123,7 @@ def assess(
         control={kind: rankings[kind].control() for kind in ("cues", "questions")},
         stability={kind: rankings[kind].stability() for kind in ("cues", "questions")},
         random=_control_comparison(results["questions"], results["unrelated"], rankings["questions"].k),
-        uncovered=tuple(
-            (f.area, f.artifact) for f in results["cues"] if not f.strong and not f.experts and f.area and f.artifact
-        ),
+        uncovered=tuple(f.cue for f in results["cues"] if f.cue and not f.strong and not f.experts),
     )
     write_text(
         out / "assessment.json", json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
@@ -136,7 +134,7 @@ def assess(
 
 def _truth(data: CropSet, pictures: Sequence[int]) -> Truth:
     samples = [data.samples[i] for i in pictures]
-    pairs: dict[tuple[str, str], Bools] = {}
+    pairs: dict[Pair, Bools] = {}
     for n, sample in enumerate(samples):
         for cue in sample.cues:
             pairs.setdefault((cue.area, cue.artifact), np.zeros(len(samples), bool))[n] = True
@@ -149,13 +147,10 @@ def _truth(data: CropSet, pictures: Sequence[int]) -> Truth:
 
 
 def _entry(questions: Sequence[CueQuestion], columns: list[int], p_yes: Floats, truth: Truth) -> Entry:
-    q = questions[0]
-    cue = (q.area, q.artifact) if q.area is not None and q.artifact is not None else None
-    has_enough = cue is not None and min(int(images.sum()) for images in truth.sides(cue)) >= MIN_PRESENT
-    origin = ", ".join(dict.fromkeys(q.origin for q in questions))
-    return Entry(
-        CueQuestion(q.text, q.area, q.artifact, origin), columns, p_yes[:, columns].mean(1), cue if has_enough else None
-    )
+    first = questions[0]
+    has_enough = first.cue is not None and min(int(images.sum()) for images in truth.sides(first.cue)) >= MIN_PRESENT
+    question = replace(first, origin=", ".join(dict.fromkeys(q.origin for q in questions)))
+    return Entry(question, columns, p_yes[:, columns].mean(1), first.cue if has_enough else None)
 
 
 def _control_comparison(cue_findings: Sequence[Finding], unrelated: Sequence[Finding], k: int) -> Json | None:
@@ -166,12 +161,8 @@ def _control_comparison(cue_findings: Sequence[Finding], unrelated: Sequence[Fin
     def figures(group: Sequence[Finding]) -> Json:
         aucs = np.array([np.nan if f.overall.auc is None else f.overall.auc for f in group])
         best = max(1, round(len(group) * k / len(cue_findings)))
-        return {
-            "n": len(group),
-            "best": best,
-            "mean_auc": top_mean(aucs, len(aucs)),
-            "best_mean_auc": top_mean(aucs, best),
-        }
+        means = {"mean_auc": top_mean(aucs, len(aucs)), "best_mean_auc": top_mean(aucs, best)}
+        return {"n": len(group), "best": best} | means
 
     return {"cue_questions": figures(cue_findings), "unrelated_questions": figures(unrelated)}
 

@@ -30,6 +30,8 @@ BANK = Path(__file__).parents[1] / "questions.json"
 PART = 16  # images whose answers a killed run can lose
 
 Floats = NDArray[np.float64]
+Pair = tuple[str, str]
+"""A cue: area, artifact."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,13 @@ class CueQuestion:
     def __post_init__(self) -> None:
         if (self.area is None) != (self.artifact is None):
             raise ValueError(f"half a cue: {self.area} x {self.artifact}")
-        if self.area is not None and self.artifact is not None:
-            Cue(self.area, self.artifact)
+        if self.cue is not None:
+            Cue(*self.cue)
+
+    @property
+    def cue(self) -> Pair | None:
+        """Area and artifact."""
+        return None if self.area is None or self.artifact is None else (self.area, self.artifact)
 
 
 class Answerer(Protocol):
@@ -95,18 +102,11 @@ def chosen_pictures(data: CropSet, split: str | None, limit: int | None, seed: i
     return sorted(i for _, _, i in order[:limit])
 
 
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("crop_sha256", pa.string()),
-        ("p_yes", pa.list_(pa.float64())),
-        ("said", pa.list_(pa.string())),
-    ]
-)
-_Row = Json
+_TEXT, _NUMBER = pa.string(), pa.float64()
+_SCHEMA = pa.schema({"id": _TEXT, "crop_sha256": _TEXT, "p_yes": pa.list_(_NUMBER), "said": pa.list_(_TEXT)})
 
 
-def _saved_rows(out: Path, parts: RowParts, key: dict[str, str]) -> dict[str, _Row]:
+def _saved_rows(out: Path, parts: RowParts, key: dict[str, str]) -> dict[str, Json]:
     """Answers of earlier runs in `out`, by image id."""
     batches = list(parts)
     if (table_file := out / "answers.parquet").is_file():
@@ -140,7 +140,7 @@ def _ask(model: Answerer, crop: NDArray[np.uint8], texts: Sequence[str]) -> tupl
 
 def ask_all(
     model: Answerer, data: CropSet, pictures: Sequence[int], texts: Sequence[str], out: Path, show: bool
-) -> list[_Row]:
+) -> list[Json]:
     """Answers for the given pictures, in their order; those that an earlier run saved are not asked for again."""
     parts = RowParts(out / "answers.parts")
     key = {"model": model.name, "questions": json.dumps(list(texts), ensure_ascii=False)}
@@ -159,7 +159,7 @@ def ask_all(
                 code="answers_of_another_model",
             )
     todo = [i for i in pictures if data.samples[i].id not in rows_by_id]
-    new_rows: list[_Row] = []
+    new_rows: list[Json] = []
     for n_done, i in enumerate(progress(todo, "asking") if show else todo, start=1):
         p_yes, answers = _ask(model, data.views[i], texts)
         new_rows.append({"id": data.samples[i].id, "crop_sha256": _sha256(data, i), "p_yes": p_yes, "said": answers})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from x2dfd.assessment.ask import CueQuestion, Floats
+from x2dfd.assessment.ask import CueQuestion, Floats, Pair
 from x2dfd.files import Json
 from x2dfd.types import Card
 
@@ -65,6 +65,11 @@ class Finding:
     experts: tuple[str, ...]  # whose cards say that they cover the cue
 
     @property
+    def cue(self) -> Pair | None:
+        """Area and artifact."""
+        return None if self.area is None or self.artifact is None else (self.area, self.artifact)
+
+    @property
     def deciding(self) -> Separation:
         return self.present if self.present is not None and self.decided_by == "present" else self.overall
 
@@ -97,7 +102,7 @@ def _interval(values: Floats) -> Interval | None:
 
 
 def _or_none(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    return value if np.isfinite(value) else None
 
 
 def group_weights(groups: Sequence[str], resamples: int, seed: int) -> Floats:
@@ -157,11 +162,11 @@ class Truth:
     """The truth about the n assessed images."""
 
     fake: Bools  # [n]
-    pairs: dict[tuple[str, str], Bools]  # cue -> [n], true where the image has it
+    pairs: dict[Pair, Bools]  # cue -> [n], true where the image has it
     known: Bools  # [n]: the cues of this image are known; false for a fake without a record of them
     groups: list[str]
 
-    def sides(self, cue: tuple[str, str] | None) -> tuple[Bools, Bools]:
+    def sides(self, cue: Pair | None) -> tuple[Bools, Bools]:
         """Positive and negative images: with and without the cue, or fake and real for None."""
         if cue is None:
             return self.fake, ~self.fake
@@ -176,7 +181,7 @@ class Entry:
     question: CueQuestion
     columns: list[int]  # of the answers
     scores: Floats  # [n], mean P(yes)
-    basis: tuple[str, str] | None  # the cue whose presence ranks it; None: fake against real
+    basis: Pair | None  # the cue whose presence ranks it; None: fake against real
 
 
 class Ranking:
@@ -192,9 +197,10 @@ class Ranking:
         for e, entry in enumerate(entries):
             positive, negative = truth.sides(entry.basis)
             shuffled[e] = _aucs(entry.scores, positive[shuffle].astype(float), negative[shuffle].astype(float))
-        self.null = np.array([top_mean(column, self.k) for column in shuffled.T])
-        self.null_mean = _or_none(float(np.nanmean(self.null))) if np.isfinite(self.null).any() else None
-        self.bar = float(np.nanquantile(self.null, 0.95)) if np.isfinite(self.null).any() else None
+        means = np.array([top_mean(column, self.k) for column in shuffled.T])
+        defined = bool(np.isfinite(means).any())
+        self.null_mean = float(np.nanmean(means)) if defined else None
+        self.bar = float(np.nanquantile(means, 0.95)) if defined else None
         self.halves = self._deciding(truth, _halves(truth.groups, seed))  # [entries, 2 * HALVES]
 
     def _deciding(self, truth: Truth, weights: Floats) -> Floats:
@@ -247,7 +253,7 @@ def findings(
     order = np.argsort(np.where(np.isfinite(ranking.aucs), -ranking.aucs, np.inf), kind="stable").tolist()
     real = ~truth.fake
 
-    def separation(entry: Entry, cue: tuple[str, str] | None) -> Separation:
+    def separation(entry: Entry, cue: Pair | None) -> Separation:
         positive, negative = truth.sides(cue)
         auc = _aucs(entry.scores, positive[:, None].astype(float), negative[:, None].astype(float))[0]
         interval = None
@@ -268,7 +274,7 @@ def findings(
                 (said_no * real) @ weights / (real @ weights)
                 + (said_yes * truth.fake) @ weights / (truth.fake @ weights)
             ) / 2
-        cue = (q.area, q.artifact) if q.area is not None and q.artifact is not None else None
+        cue = q.cue
         overall, present = separation(entry, None), separation(entry, cue) if cue else None
         deciding = present if present is not None and entry.basis else overall
         lower_end = deciding.interval[0] if deciding.interval else None
@@ -293,7 +299,7 @@ def findings(
                 present=present,
                 decided_by="present" if entry.basis else "overall",
                 strong=strong,
-                experts=experts_for(*cue, cards) if cue else (),
+                experts=experts_for(cue[0], cue[1], cards) if cue else (),
             )
         )
     return tuple(result)

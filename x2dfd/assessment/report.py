@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from x2dfd.assessment.ask import Pair
 from x2dfd.assessment.rank import Finding, Interval
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, checked, parse_json
@@ -38,7 +39,7 @@ class Assessment:
     control: Json  # the same ranking with shuffled truth: mean and 95th percentile of the top-k mean AUC
     stability: Json  # Spearman correlation of the rankings of two halves of the groups
     random: Json | None  # unrelated questions beside ours, fake against real
-    uncovered: tuple[tuple[str, str], ...]  # weak cues that no expert covers
+    uncovered: tuple[Pair, ...]  # weak cues that no expert covers
 
     def published(self) -> list[Json]:
         """The question list in X2-DFD's result shape, best balanced accuracy first."""
@@ -65,17 +66,13 @@ def read_assessment(path: Path) -> Assessment:
         ) from error
 
 
-def strong_cues(assessment: Assessment) -> list[tuple[str, str]]:
-    """(area, artifact) of the strong cues, best first."""
-    return [(f.area, f.artifact) for f in assessment.cues if f.strong and f.area and f.artifact]
+def strong_cues(assessment: Assessment) -> list[Pair]:
+    """The strong cues, best first."""
+    return [f.cue for f in assessment.cues if f.strong and f.cue]
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _range(interval: Interval | None) -> str:
-    return "–" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def _images(a: Assessment) -> str:
@@ -86,16 +83,10 @@ def _images(a: Assessment) -> str:
 def _rows(findings: Sequence[Finding]) -> list[str]:
     rows = []
     for rank, f in enumerate(findings, start=1):
-        cue = f"{f.area} · {f.artifact}" if f.area else "–"
-        d = f.deciding
-        basis = "cue present" if f.decided_by == "present" else "fake"
-        cells = [
-            str(rank),
-            *([f.question.replace("|", "\\|")] if f.question else []),
-            cue,
-            _number(d.auc),
-            _range(d.interval),
-        ]
+        cells = [str(rank), f.question.replace("|", "\\|")] if f.question else [str(rank)]
+        cells.append(" · ".join(f.cue) if f.cue else "–")
+        d, basis = f.deciding, "cue present" if f.decided_by == "present" else "fake"
+        cells += [_number(d.auc), "–" if d.interval is None else f"{d.interval[0]:.3f} to {d.interval[1]:.3f}"]
         cells += [f"{basis}: {d.n_positive} / {d.n_negative}", _number(f.overall.auc), _number(f.balanced_accuracy)]
         cells += [_number(f.yes_rate), "strong" if f.strong else "weak", ", ".join(f.experts) or "none"]
         rows.append(f"| {' | '.join(cells)} |")
@@ -105,20 +96,11 @@ def _rows(findings: Sequence[Finding]) -> list[str]:
 def table(a: Assessment) -> str:
     """The assessment as a Markdown page."""
     strong = sum(f.strong for f in a.cues)
-    columns = [
-        "AUC",
-        "95 % interval",
-        "positive / negative",
-        "AUC fake/real",
-        "balanced accuracy",
-        "yes-bias",
-        "",
-        "experts",
-    ]
+    columns = "AUC | 95 % interval | positive / negative | AUC fake/real | balanced accuracy | yes-bias |  | experts"
 
-    def grid(first: list[str], findings: Sequence[Finding]) -> list[str]:
-        names = [*first, *columns]
-        return [f"| {' | '.join(names)} |", "|" + "---|" * len(names), *_rows(findings), ""]
+    def grid(first: str, findings: Sequence[Finding]) -> list[str]:
+        head = f"| {first} | {columns} |"
+        return [head, "|" + "---|" * (head.count("|") - 1), *_rows(findings), ""]
 
     control, stability = a.control["cues"], a.stability["cues"]
     lines = [
@@ -144,9 +126,9 @@ def table(a: Assessment) -> str:
         lines.append(f"- {a.n_unknown_truth} fakes without recorded cues are left out where presence is compared.")
     blind = ", ".join(f"{area} · {artifact}" for area, artifact in a.uncovered) or "none"
     lines += [f"- Weak, and covered by no expert: {blind}.", "", "## Cues", ""]
-    lines += [*grid(["", "cue"], a.cues), "## Questions", "", *grid(["", "question", "cue"], a.questions)]
+    lines += [*grid(" | cue", a.cues), "## Questions", "", *grid(" | question | cue", a.questions)]
     if a.unrelated:
-        lines += ["## Unrelated questions (control)", "", *grid(["", "question", "cue"], a.unrelated)]
+        lines += ["## Unrelated questions (control)", "", *grid(" | question | cue", a.unrelated)]
     return "\n".join(lines)
 
 
