@@ -229,7 +229,19 @@ def train(config: FinetuneConfig) -> Path:
         return out
     if arguments.process_index == 0:
         write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    trainer = _trainer(config, tuned, whole, arguments, collate, train_sets, eval_sets, processor)
+    trainer = RowTrainer(
+        tuned,
+        arguments,
+        collate,
+        ConcatDataset([rows for rows, _ in train_sets]),
+        ConcatDataset(eval_sets) if eval_sets else None,
+        compute_metrics=verdict_auc,
+        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
+        projector_lr=config.projector_lr,
+        whole=whole,
+        sampler=_sampler(config, train_sets),
+        label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes together, on the first
     if arguments.process_index != 0:
@@ -277,32 +289,11 @@ def _rows(
     return train_sets, [rows for rows, _ in rows_of(config.eval_split, config.eval_limit)] if config.eval_steps else []
 
 
-def _trainer(
-    config: FinetuneConfig,
-    tuned: Any,
-    whole: Sequence[str],
-    arguments: TrainingArguments,
-    collate: Collate,
-    train_sets: Sequence[tuple[Rows | Talks, float]],
-    eval_sets: Sequence[Rows],
-    processor: Processor,
-) -> RowTrainer:
+def _sampler(config: FinetuneConfig, train_sets: Sequence[tuple[Rows | Talks, float]]) -> Shown:
     sizes = [(len(rows), weight) for rows, weight in train_sets]
     lengths = [n for rows, _ in train_sets for n in rows.lengths]
     group = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
-    return RowTrainer(
-        tuned,
-        arguments,
-        collate,
-        ConcatDataset([rows for rows, _ in train_sets]),
-        ConcatDataset(eval_sets) if eval_sets else None,
-        compute_metrics=verdict_auc,
-        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
-        projector_lr=config.projector_lr,
-        whole=whole,
-        sampler=Shown(lengths, sizes, group, config.seed),
-        label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
-    )
+    return Shown(lengths, sizes, group, config.seed)
 
 
 def _save(
