@@ -20,7 +20,7 @@ import gradio as gr
 from gradio import processing_utils
 from starlette.middleware import Middleware
 
-from app.guard import Guard, Quota
+from app.guard import Guard
 from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw, face_panel, open_case, table
 from x2dfd import case as case_record
 from x2dfd.answer import in_words
@@ -340,11 +340,12 @@ class _Events:
         try:
             detector = self.model(model)
             for file in accepted:
-                yield {p.live: draw("progress", Path(file).name if len(accepted) > 1 else "", None, None)}
+                name = Path(file).name if len(accepted) > 1 else ""
+                yield {p.live: draw("progress", name, None, None)}
                 with closing(judge_stepwise(detector, file)) as steps:
                     for step in steps:
                         if isinstance(step, Progress):
-                            yield {p.live: self.progress(step, Path(file).name if len(accepted) > 1 else "")}
+                            yield {p.live: self.progress(step, name)}
                         else:
                             rows.append(Row(file, step, model))
                 if len(accepted) > 1:
@@ -370,11 +371,9 @@ class _Events:
 
     def open_row(self, rows: list[Row], event: gr.EventData) -> Iterator[Updates]:
         """The card of one file of the table."""
-        number = _clicked(event, len(rows))
-        if number is None:
-            return
-        yield {self.layout.table: _table(rows, len(rows), number), self.layout.verdict: draw("waiting", 1)}
-        yield from self._open(rows[number])
+        if (number := _clicked(event, len(rows))) is not None:
+            yield {self.layout.table: _table(rows, len(rows), number), self.layout.verdict: draw("waiting", 1)}
+            yield from self._open(rows[number])
 
     def _open(self, row: Row) -> Iterator[Updates]:
         """The verdict at once, then its explanation while it is being written."""
@@ -511,7 +510,7 @@ def launch(
     `root_path`: the path under which a proxy shows it. `names`: as for `app.guard.Guard`.
     """
     processing_utils.async_ssrf_protected_download = _refuse_address
-    uploads = Quota(Path(page.GRADIO_CACHE), UPLOADS_MAX)
+    guard: Json = {"uploads": Path(page.GRADIO_CACHE), "quota": UPLOADS_MAX, "address": host, "names": frozenset(names)}
     _, address, _ = page.launch(
         server_name=host, server_port=port, prevent_thread_lock=not block, quiet=True, inbrowser=False, share=False,
         show_error=False, max_file_size=MAX_FILE, allowed_paths=[], state_session_capacity=200, ssr_mode=False,
@@ -521,7 +520,7 @@ def launch(
             link_text_color_dark="*neutral_200",
         ),
         css_paths=[Path(__file__).parent / "style.css"], root_path=root_path or None,
-        app_kwargs={"middleware": [Middleware(Guard, uploads=uploads, address=host, names=frozenset(names))]},
+        app_kwargs={"middleware": [Middleware(Guard, **guard)]},
     )  # fmt: skip
     return str(address)
 

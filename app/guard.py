@@ -2,56 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from x2dfd.addresses import host_of, parsed
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
-
-
-class Quota:
-    """The limit, in bytes, of all uploads in a folder together."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder
-        self.limit = limit
-
-    def full(self) -> bool:
-        return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file()) >= self.limit
 
 
 class Guard:
     """Refuses requests that another site's page makes (DNS rebinding, forged forms) and uploads beyond the quota."""
 
-    def __init__(self, app: App, *, uploads: Quota, address: str, names: frozenset[str]) -> None:
-        """`address`: where the app listens; `names`: host names by which browsers call it, as behind a proxy.
+    def __init__(self, app: ASGIApp, *, uploads: Path, quota: int, address: str, names: frozenset[str]) -> None:
+        """`uploads`: their folder; `quota`: the most bytes that may lie there; `address`: where the app listens;
+        `names`: host names by which browsers call it, as behind a proxy.
 
         Other hosts are refused if the app listens on this machine alone or if names are given; pages of other sites
         always are.
         """
-        self.app = app
-        self.uploads = uploads
-        self.names = names
+        self.app, self.uploads, self.quota, self.names = app, uploads, quota, names
         self.hosts = {address, *LOOPBACK, *names} if names or address in LOOPBACK else None
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if (reason := self._refusal(headers)) is not None:
             await _answer(send, 403, reason)
-        elif scope["method"] == "POST" and scope["path"].endswith("/upload") and self.uploads.full():
+        elif scope["method"] == "POST" and scope["path"].endswith("/upload") and self._full():
             await _answer(send, 507, "too many uploads are stored here; they are deleted after about an hour")
         else:
             await self.app(scope, receive, send)
+
+    def _full(self) -> bool:
+        return sum(f.stat().st_size for f in self.uploads.rglob("*") if f.is_file()) >= self.quota
 
     def _refusal(self, headers: dict[str, str]) -> str | None:
         header = headers.get("host", "")

@@ -100,9 +100,7 @@ def card(result: Report | Failure) -> str:
     """The verdict card."""
     if isinstance(result, Failure):
         return draw("problem", result)
-    kind = status(result.verdict)
-    sentence = meaning(result)
-    return draw("card", result, kind, sentence, remarks(result), decoding(result))
+    return draw("card", result, status(result.verdict), meaning(result), remarks(result), decoding(result))
 
 
 def face_panel(case: Case, index: int | None) -> str:
@@ -110,17 +108,18 @@ def face_panel(case: Case, index: int | None) -> str:
     report, face = case.report, case.face(index)
     frame = face.frame if face else next(iter(case.pictures))
     width, height = (float(report.media[side]) for side in ("width", "height"))
+    text = max(width, height) * 0.034
     marks = {area: (letter, colour) for area, letter, colour in marked_areas(face)} if face else {}
     figure = {
         "uri": case.pictures.get(frame),
         "size": (width, height),
-        "text": max(width, height) * 0.034,
-        "letters": letter_places(face, max(width, height) * 0.034, height) if face else {},
+        "text": text,
+        "letters": letter_places(face, text, height) if face else {},
         "others": [f for f in report.faces if f.frame == frame and f is not face],
         "maps": overlays(face) if face else [],
         "map_on": face is not None and points_at(face),
         "closer": closer(face, width, height) if face else "",
-        "first": _first(face, report) if face else 0,
+        "first": min(f.index for f in report.faces if f.frame == frame) if face else 0,
         "name": named(face, report) if face else "",
     }
     return draw("panel", report, face, figure, marks, case.stage, case.why)
@@ -161,11 +160,6 @@ def named(face: FaceReport, report: Report) -> str:
         return f"Face {face.index + 1}"
     several = sum(other.frame == face.frame for other in report.faces) > 1
     return f"At {face.time_s:.1f} s" + (f", face {number(face, report)}" if several else "")
-
-
-def _first(face: FaceReport, report: Report) -> int:
-    """The index of the first face in the same frame."""
-    return min(other.index for other in report.faces if other.frame == face.frame)
 
 
 @cache

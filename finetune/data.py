@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from data_gen.adopt import adopt
+from finetune.config import FinetuneConfig
 from x2dfd import prompts
 from x2dfd.checkpoints import family_of
 from x2dfd.crops import CropSet
@@ -64,16 +66,11 @@ def answer_tokens(
     return prompt_ids, [*all_ids[len(prompt_ids) :], prompts.answer_end(processor)]
 
 
-def _turns(record: Json) -> tuple[str, list[tuple[str, str]], str]:
-    """The first question, the turns (answer, next question) after it, and the last answer."""
-    first, *between, answer = (turn["value"] for turn in record["conversations"])
-    question = first.removeprefix("<image>").removeprefix("\n")
-    return question, list(zip(between[::2], between[1::2], strict=True)), answer
-
-
 def conversation(processor: Processor, record: Json, label_ids: Sequence[int]) -> Conversation:
     """One record of the instruction set as tokens."""
-    question, turns, reply = _turns(record)
+    first, *between, reply = (turn["value"] for turn in record["conversations"])
+    question = first.removeprefix("<image>").removeprefix("\n")
+    turns = list(zip(between[::2], between[1::2], strict=True))  # (answer, next question)
     prompt_ids, answer_ids = answer_tokens(processor, question, reply, turns)
     named = tuple(len(prompt_ids) + k for k in _named_tokens(processor, question, reply, turns, len(answer_ids)))
     heavy = None
@@ -104,6 +101,18 @@ def _named_tokens(
     character_spans = [(a - first, b - first) for a, b in offsets if b > first][:count]
     spans = named_spans(answer)
     return [k for k, (a, b) in enumerate(character_spans) if any(a < end and b > start for start, end in spans)]
+
+
+def adopted(config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration with every set of another stack, which lacks a card of ours, converted to `out/sets`. For such
+    a set, `manifest` names the folder of its pictures. Raises X2DFDError as `adopt` does."""
+    paths = [[v] if isinstance(v, str) else list(v) for v in (config.instructions, config.manifest)]
+    for k, (instructions, manifest) in enumerate(zip(*paths, strict=True)):
+        if not (Path(instructions).parent / "card.json").is_file():
+            converted = adopt(Path(instructions), Path(config.out) / "sets" / str(k), pictures=Path(manifest))
+            paths[0][k], paths[1][k] = str(converted), str(converted.parent / "manifest.jsonl")
+    ours = [p[0] if isinstance(config.instructions, str) else tuple(p) for p in paths]
+    return replace(config, instructions=ours[0], manifest=ours[1])
 
 
 Records = dict[int, list[Json]]
@@ -242,8 +251,7 @@ def cache_tower(
     """The outputs of a LLaVA's own frozen tower for the augmented views, computed once and stored in 16 bits. Another
     `key` (base, layers, manifest) starts over; an interrupted run resumes."""
     layers = feature_layers(model)
-    made_by = {"seed": seed, **VIEWS}
-    key = {**key, "rows": [int(r) for r in rows], "layers": layers, **made_by}
+    key = {**key, "rows": rows.tolist(), "layers": layers, "seed": seed, **VIEWS}
     tower, class_token = model.model.vision_tower, model.config.vision_feature_select_strategy == "default"
     parameter = next(tower.parameters())
     with locked_folder(folder, wait=True):

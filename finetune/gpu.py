@@ -153,8 +153,10 @@ def measure_training(
             else:
                 model.gradient_checkpointing_disable()
             settings = replace(config, checkpointing=checkpointing)
-            row: Json = {"method": config.method, "tokens": length, "batch": config.batch}
-            row |= {
+            row: Json = {
+                "method": config.method,
+                "tokens": length,
+                "batch": config.batch,
                 "checkpointing": checkpointing,
                 "predicted_gb": round(predict(settings, shape, 1, length, answers)["total"] / GB, 2),
             }
@@ -269,8 +271,9 @@ def measure(tiny: bool = False, save: Callable[[Json], object] = lambda results:
         if method == "lora":
             results |= measure_judging(model, words_processor(settings), device, 2 if tiny else 10)
             save(results)
-        config = FinetuneConfig("", "", "", base="random", method=method, batch=2, bf16=device.type == "cuda")
-        config = replace(config, base_dtype=str(dtype).removeprefix("torch."))
+        config = FinetuneConfig(
+            "", "", "", base="random", method=method, batch=2, bf16=device.type == "cuda", base_dtype=results["dtype"]
+        )
         shape = shape_of(settings, config)
         results["training"] += measure_training(model, config, shape, lengths, rate, 2 if tiny else 8)
         save(results)

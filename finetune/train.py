@@ -27,8 +27,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from finetune.config import FinetuneConfig, check_config, check_inputs, zero_stage
-from finetune.data import IGNORE, PARTS, Collate, Rows, cache_tower, feature_layers, learnable, read_records
-from finetune.foreign import adopted
+from finetune.data import IGNORE, PARTS, Collate, Rows, adopted, cache_tower, feature_layers, learnable, read_records
 from finetune.models import CachedTower, additions_of, fit_projector, is_llava, open_base, resolved, tune
 from finetune.talks import Talks, read_talks
 from x2dfd import prompts
@@ -230,7 +229,19 @@ def train(config: FinetuneConfig) -> Path:
         return out
     if arguments.process_index == 0:
         write_text(out / "config.json", json.dumps(asdict(config), indent=1) + "\n")
-    trainer = _trainer(config, tuned, whole, arguments, collate, train_sets, eval_sets, processor)
+    trainer = RowTrainer(
+        tuned,
+        arguments,
+        collate,
+        ConcatDataset([rows for rows, _ in train_sets]),
+        ConcatDataset(eval_sets) if eval_sets else None,
+        compute_metrics=verdict_auc,
+        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
+        projector_lr=config.projector_lr,
+        whole=whole,
+        sampler=_sampler(config, train_sets),
+        label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
+    )
     trainer.train(resume_from_checkpoint=checkpoint)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # of all processes together, on the first
     if arguments.process_index != 0:
@@ -278,32 +289,11 @@ def _rows(
     return train_sets, [rows for rows, _ in rows_of(config.eval_split, config.eval_limit)] if config.eval_steps else []
 
 
-def _trainer(
-    config: FinetuneConfig,
-    tuned: Any,
-    whole: Sequence[str],
-    arguments: TrainingArguments,
-    collate: Collate,
-    train_sets: Sequence[tuple[Rows | Talks, float]],
-    eval_sets: Sequence[Rows],
-    processor: Processor,
-) -> RowTrainer:
+def _sampler(config: FinetuneConfig, train_sets: Sequence[tuple[Rows | Talks, float]]) -> Shown:
     sizes = [(len(rows), weight) for rows, weight in train_sets]
     lengths = [n for rows, _ in train_sets for n in rows.lengths]
     group = config.batch * config.accumulate if config.bucket and config.batch > 1 else 1
-    return RowTrainer(
-        tuned,
-        arguments,
-        collate,
-        ConcatDataset([rows for rows, _ in train_sets]),
-        ConcatDataset(eval_sets) if eval_sets else None,
-        compute_metrics=verdict_auc,
-        callbacks=[EarlyStoppingCallback(config.patience)] if config.patience else None,
-        projector_lr=config.projector_lr,
-        whole=whole,
-        sampler=Shown(lengths, sizes, group, config.seed),
-        label_ids=prompts.first_tokens(processor, prompts.STEM, prompts.LABEL_WORDS),
-    )
+    return Shown(lengths, sizes, group, config.seed)
 
 
 def _save(
@@ -320,7 +310,9 @@ def _save(
         tuned.save_pretrained(str(out), state_dict=state, save_embedding_layers=False)
         (out / "README.md").unlink(missing_ok=True)  # PEFT's empty template; card.json has the facts
         if config.weights_dtype == "float16":
-            _to_half(out / WEIGHTS)
+            half = {k: v.half().contiguous() for k, v in load_file(out / WEIGHTS).items()}
+            with atomic_write(out / WEIGHTS) as temporary:
+                save_file(half, temporary, {"format": "pt"})
         if lora_b_sum(out) <= 0:
             raise X2DFDError(f"{out}: every lora_B is still zero: take more steps or a higher lr", code="lora_b_zero")
     ranking = config.sets[0][0].parent / "assessment.json"
@@ -355,7 +347,6 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
-    strategy = "steps" if config.eval_steps else "no"
     try:
         arguments = TrainingArguments(
             output_dir=str(work),
@@ -375,7 +366,7 @@ def _arguments(config: FinetuneConfig, work: Path) -> TrainingArguments:
             logging_first_step=True,
             save_steps=config.eval_steps or config.save_steps,  # only validated checkpoints can be the best
             save_total_limit=2,
-            eval_strategy=strategy,
+            eval_strategy="steps" if config.eval_steps else "no",
             eval_steps=config.eval_steps or None,
             load_best_model_at_end=bool(config.eval_steps),
             metric_for_best_model=f"eval_{config.best_by}" if config.eval_steps else None,
@@ -463,22 +454,16 @@ def _instructions_card(config: FinetuneConfig) -> Json:
         if ranking and (not ranking_path.is_file() or file_sha256(ranking_path) != ranking):
             raise X2DFDError(f"{ranking_path} is not the ranking of {instructions}", code="assessment_differs")
         cards.append(card)
-    first = cards[0]
-    for card in cards[1:]:
-        if _prompt_settings(card) != _prompt_settings(first):
-            raise X2DFDError("these instruction sets differ in experts or score_form", code="instructions_differ")
+    asked = [(card["experts"], card.get("aliases", {}), card["config"].get("score_form")) for card in cards]
+    if any(settings != asked[0] for settings in asked):
+        raise X2DFDError("these instruction sets differ in experts or score_form", code="instructions_differ")
     weights = Path(config.expert_weights) if config.expert_weights else None
-    for name, sha256 in first["experts"].items():
+    for name, sha256 in cards[0]["experts"].items():
         if card_of(name, weights).sha256 != sha256:
             raise X2DFDError(
                 f"expert {name!r} has other weights than in the instructions (expert_weights)", code="expert_differs"
             )
-    return first
-
-
-def _prompt_settings(card: Json) -> tuple[object, ...]:
-    """The settings of a set's questions: its experts, their names in the prompt, and the form of their scores."""
-    return card["experts"], card.get("aliases", {}), card["config"].get("score_form")
+    return cards[0]
 
 
 def _instructions_sha256(config: FinetuneConfig) -> str:
@@ -490,13 +475,12 @@ def _last_checkpoint(work: Path, config: FinetuneConfig) -> str | None:
     """The checkpoint from which an interrupted run resumes, or None. Raises X2DFDError when `work` holds a run with
     other settings or data."""
     run = {"config": asdict(config), "instructions_sha256": _instructions_sha256(config)}
-    run["base"] = base_identity(config.base)
-    run = json.loads(json.dumps(run))  # tuples become lists, as in the file
+    text = json.dumps(run | {"base": base_identity(config.base)}, indent=1)
     run_path = work / "run.json"
     if not run_path.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        write_text(run_path, json.dumps(run, indent=1) + "\n")
-    elif read_json(run_path) != run:
+        write_text(run_path, text + "\n")
+    elif read_json(run_path) != json.loads(text):
         raise X2DFDError(
             f"{work} holds a training with other settings or data: choose another `out`", code="settings_differ"
         )
@@ -511,18 +495,19 @@ def _finished(last: Path, out: Path) -> bool:
     return state.global_step >= state.max_steps and written
 
 
-def _to_half(path: Path) -> None:
-    state = load_file(path)
-    with atomic_write(path) as temporary:
-        save_file({k: v.half().contiguous() for k, v in state.items()}, temporary, {"format": "pt"})
-
-
 def _card(
     config: FinetuneConfig, out: Path, record: Json, processor: Processor, model: Any, figures: Json
 ) -> AdapterCard:
     full = config.method == "full"
     form = record["config"]["score_form"]
-    layers = _layers_of(model, config) if is_llava(model) else {}  # other families keep all layers
+    layers: Json = {}
+    if is_llava(model):  # other families keep all layers
+        text = int(model.config.get_text_config().num_hidden_layers)
+        layers = {
+            "tower_layers": int(model.config.vision_config.num_hidden_layers),
+            "text_layers": text if full else config.text_layers or text,
+            "feature_layers": feature_layers(model),
+        }
     return AdapterCard(
         name=config.name,
         version=config.version,
@@ -550,13 +535,3 @@ def _card(
         data_sha256=_instructions_sha256(config),
         **layers,
     )
-
-
-def _layers_of(model: Any, config: FinetuneConfig) -> Json:
-    """The card's fields on the layers that a LLaVA has."""
-    text = int(model.config.get_text_config().num_hidden_layers)
-    return {
-        "tower_layers": int(model.config.vision_config.num_hidden_layers),
-        "text_layers": text if config.method == "full" else config.text_layers or text,
-        "feature_layers": feature_layers(model),
-    }

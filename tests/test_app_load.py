@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import socket
 import time
@@ -19,6 +18,7 @@ from PIL import Image
 pytest.importorskip("gradio", reason="gradio is not installed: pip install -c constraints.txt '.[app]'")
 
 from app import demo
+from tests.pictures import encoded
 from tests.test_app import free_port
 from x2dfd.files import file_sha256
 from x2dfd.types import Failure, Report
@@ -49,9 +49,7 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def png(shade: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (shade, 80, 40)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (32, 32), (shade, 80, 40)), "PNG")
 
 
 def upload(address: str, data: bytes, name: str = "a.png") -> httpx.Response:

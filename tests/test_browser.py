@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,29 +97,27 @@ def served(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
         page.close(verbose=False)
 
 
-class Tabs:
+Tabs = Callable[..., Any]
+
+
+@pytest.fixture
+def tabs(browser: Any) -> Iterator[Tabs]:
     """Opens addresses as a visitor of that screen does; every other address than this machine's is refused."""
+    contexts: list[Any] = []
 
-    def __init__(self, browser: Any) -> None:
-        self.browser, self.contexts = browser, list[Any]()
-
-    def __call__(self, address: str, size: tuple[int, int] = DESK, scheme: str = "light") -> Any:
-        context = self.browser.new_context(
+    def opened(address: str, size: tuple[int, int] = DESK, scheme: str = "light") -> Any:
+        context = browser.new_context(
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, reduced_motion="reduce"
         )
-        self.contexts.append(context)
+        contexts.append(context)
         tab = context.new_page()
         tab.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.abort())
         tab.goto(address)
         tab.get_by_role("heading", level=1).wait_for()
         return tab
 
-
-@pytest.fixture
-def tabs(browser: Any) -> Iterator[Tabs]:
-    tabs = Tabs(browser)
-    yield tabs
-    for context in tabs.contexts:
+    yield opened
+    for context in contexts:
         context.close()
 
 

@@ -88,11 +88,24 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_base(folder, tiny.processor_of_llava_15(), tied=False)
 
 
+def laid_out(folder: Path, files: dict[str, Any]) -> Path:
+    """A folder with PEFT's settings and these files of tensors, or of what stands in their place."""
+    folder.mkdir()
+    (folder / SETTINGS).write_text(json.dumps(settings(4)))
+    for name, content in files.items():
+        (save_file if name == WEIGHTS else torch.save)(content, folder / name)
+    return folder
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(path) if path.name == WEIGHTS else torch.load(path, weights_only=True)
+    return found
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As published: brackets in the name, fp32 LoRA in safetensors, a 16-bit projector in a .bin, newer settings."""
+    """As published: brackets in the name, fp32 LoRA, a 16-bit projector, newer settings."""
     folder = tmp_path_factory.mktemp("llava") / "llava-v1.5-tiny-lora-[ble-diff]"
-    folder.mkdir()
     generator = torch.Generator().manual_seed(5)
     state: dict[str, Tensor] = {}
     for key, shape in published(64, 128, 2, 32, 4).items():
@@ -100,11 +113,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shape = (32, 4)  # the tiny base groups its queries
         state[key] = torch.randn(shape, generator=generator) * 0.2
     lora = {k: v for k, v in state.items() if ".lora_" in k}
-    save_file(lora, folder / WEIGHTS)
-    torch.save({k: v.half() for k, v in state.items() if k not in lora}, folder / OTHERS)
-    (folder / SETTINGS).write_text(json.dumps(settings(4)))
-    (folder / "config.json").write_text("{}")
-    return folder
+    return laid_out(folder, {WEIGHTS: lora, OTHERS: {k: v.half() for k, v in state.items() if k not in lora}})
 
 
 def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter: Path, tmp_path: Path) -> None:
@@ -114,8 +123,7 @@ def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter:
     assert card.frame == "train_consistent" and card == read_adapter_card(tmp_path / "hub")
     to_llava(tmp_path / "hub", tmp_path / "back", base="weights/base/llava-v1.5-7b")
     for name in (WEIGHTS, OTHERS):
-        read = load_file if name == WEIGHTS else lambda path: torch.load(path, weights_only=True)
-        before, after = read(adapter / name), read(tmp_path / "back" / name)
+        before, after = tensors(adapter / name), tensors(tmp_path / "back" / name)
         assert before.keys() == after.keys()
         assert all(before[k].dtype == after[k].dtype and torch.equal(before[k], after[k]) for k in before)
     plain = {k: v for k, v in settings(4).items() if k not in NEWER}
@@ -128,14 +136,10 @@ def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter:
     assert rank == 4 and processor.chat_template == prompts.CHAT_TEMPLATES["train_consistent"]
     _, answer = answer_tokens(processor, prompts.QUESTION, "This image is fake.")
     assert answer[-1] == processor.tokenizer.eos_token_id and answer.count(answer[-1]) == 1
-    older = tmp_path / "older"
-    older.mkdir()
-    (older / SETTINGS).write_text(json.dumps(settings(4)))
-    torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
-    projector = torch.load(adapter / OTHERS, weights_only=True)
-    torch.save({k.removeprefix("base_model.model."): v for k, v in projector.items()}, older / "mm_projector.bin")
-    made = [to_hub(source, tmp_path / f"hub{k}", base=str(base)) for k, source in enumerate((adapter, older))]
-    assert made[0].sha256 == made[1].sha256
+    lora = tensors(adapter / WEIGHTS)
+    projector = {k.removeprefix("base_model.model."): v for k, v in tensors(adapter / OTHERS).items()}
+    older = laid_out(tmp_path / "older", {"adapter_model.bin": lora, "mm_projector.bin": projector})
+    assert to_hub(older, tmp_path / "hub of older", base=str(base)).sha256 == card.sha256
     for name in ("adapter_model.bin", "mm_projector.bin"):
         torch.save({"x": _Trap()}, older / name)
         with raises("adapter_unreadable", name):
@@ -143,7 +147,7 @@ def test_there_and_back_or_from_older_files_nothing_changes(base: Path, adapter:
         (older / name).unlink()
         with raises("adapter_incomplete"):
             to_hub(older, tmp_path / "out", base=str(base))
-        torch.save(load_file(adapter / WEIGHTS), older / "adapter_model.bin")
+        torch.save(lora, older / "adapter_model.bin")
 
 
 @pytest.mark.slow
@@ -178,11 +182,7 @@ def test_what_would_be_lost_or_run_is_refused(
 ) -> None:
     """Code in a .bin, settings that change the model, and names of other layouts."""
     monkeypatch.chdir(tmp_path)
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / SETTINGS).write_text(json.dumps(settings(4)))
-    (bad / WEIGHTS).write_bytes((adapter / WEIGHTS).read_bytes())
-    torch.save({"x": _Trap()}, bad / OTHERS)
+    bad = laid_out(tmp_path / "bad", {WEIGHTS: tensors(adapter / WEIGHTS), OTHERS: {"x": _Trap()}})
     with raises("adapter_unreadable"):
         to_hub(bad, tmp_path / "out", base=str(base))
     assert not (tmp_path / "trapped").exists() and not (tmp_path / "out").exists()
@@ -205,6 +205,7 @@ def zero_checkpoint(folder: Path, state: dict[str, Tensor], odd: Any = None) -> 
     part = folder / "global_step7"
     part.mkdir(parents=True)
     (folder / "latest").write_text("global_step7")
+    (folder / SETTINGS).write_text(json.dumps(settings(4)))
     flat = torch.cat([v.float().flatten() for v in state.values()])
     flat = torch.cat([flat, flat.new_zeros(-len(flat) % 4)])
     told = {
@@ -224,15 +225,13 @@ def test_a_zero_checkpoint_is_gathered_without_running_what_it_holds(
     """Cut off before it saved an adapter, a training under DeepSpeed leaves pickles in pieces."""
     pytest.importorskip("deepspeed")
     monkeypatch.chdir(tmp_path)
-    whole = load_file(adapter / WEIGHTS) | torch.load(adapter / OTHERS, weights_only=True)
+    whole = tensors(adapter / WEIGHTS) | tensors(adapter / OTHERS)
     live = {re.sub(r"\.lora_([AB])\.", r".lora_\1.default.", k): v for k, v in whole.items()}
     source = zero_checkpoint(tmp_path / "checkpoint-7", live)
-    (source / SETTINGS).write_text(json.dumps(settings(4)))
     to_hub(source, tmp_path / "hub", base=str(base))
-    found = renamed(load_file(tmp_path / "hub" / WEIGHTS), False)
+    found = renamed(tensors(tmp_path / "hub" / WEIGHTS), False)
     assert found.keys() == whole.keys() and all(torch.equal(found[k], whole[k].float()) for k in whole)
     bad = zero_checkpoint(tmp_path / "bad", live, _Trap())
-    (bad / SETTINGS).write_text(json.dumps(settings(4)))
     with raises("adapter_unreadable", "ZeRO"):
         to_hub(bad, tmp_path / "out", base=str(base))
     assert not (tmp_path / "trapped").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
@@ -287,25 +286,28 @@ def test_a_published_adapter_that_does_not_fit_is_refused(
     base: Path, adapter: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], fact: str
 ) -> None:
     """Converted, half of one would look whole; of another size, PEFT says so only when the base is there."""
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    (bad / SETTINGS).write_text(json.dumps(settings(4)))
-    save_file(change(load_file(adapter / WEIGHTS)), bad / WEIGHTS)
-    torch.save(change(torch.load(adapter / OTHERS, weights_only=True)), bad / OTHERS)
+    bad = laid_out(tmp_path / "bad", {name: change(tensors(adapter / name)) for name in (WEIGHTS, OTHERS)})
     with pytest.raises(SetupError) as caught:
         to_hub(bad, tmp_path / "out", base=str(base))
     assert fact in str(caught.value) and not (tmp_path / "out").exists()
 
 
-@pytest.mark.needs_base
-def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge that loses the projector, a layer or the frame still writes a model that talks."""
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
+@pytest.fixture
+def ours(needs_base: None, known_expert: None, tmp_path: Path) -> tuple[str, Path]:
+    """An adapter on its base as one string, and the adapter's folder."""
     base = tiny.write_base(tmp_path / "base")
     folder = tiny.write_adapter(tmp_path / "adapter", base)
+    return f"hub:{base}+{folder}", folder
+
+
+def test_a_merged_model_judges_as_base_and_adapter_do(
+    ours: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge that loses the projector, a layer or the frame still writes a model that talks."""
+    spec, folder = ours
     with raises("probes_missing"):
-        merge(f"hub:{base}+{folder}", tmp_path / "merged")
-    scores = probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
+        merge(spec, tmp_path / "merged")
+    scores = probe_logits(x2dfd.load(spec).mllm)
     tiny.edit_card(folder, probes=scores)
     plain = LocalMLLM.save
 
@@ -316,33 +318,30 @@ def test_a_merged_model_judges_as_base_and_adapter_do(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch, raises("probes_differ"):
         patch.setattr(LocalMLLM, "save", spoilt)
-        merge(f"hub:{base}+{folder}", tmp_path / "merged")
+        merge(spec, tmp_path / "merged")
     assert not list(tmp_path.glob("*merged*"))  # nothing that could be taken for the model
-    out = merge(f"hub:{base}+{folder}", tmp_path / "merged")
+    out = merge(spec, tmp_path / "merged")
     detector = x2dfd.load(out)  # with calibration and experts, without the base
     assert probe_logits(detector.mllm) == pytest.approx(scores, abs=1e-3)
     assert list(detector.info.experts) == [tiny.EXPERT] and read_adapter_card(out).probes == scores
     with raises("folder_taken", out):
-        merge(f"hub:{base}+{folder}", out)
+        merge(spec, out)
 
 
 @pytest.mark.slow
-@pytest.mark.needs_base
-def test_a_merged_tower_holds_its_additions_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merged_tower_holds_its_additions_once(ours: tuple[str, Path], tmp_path: Path) -> None:
     """Bug prevented: a whole model whose tower gets the forensic additions again when it is loaded, or never."""
     from x2dfd.tower import additions_sha256
 
-    monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-    base = tiny.write_base(tmp_path / "base")
-    folder = tiny.write_adapter(tmp_path / "adapter", base)
-    where, plain = "encoder.layers.0.self_attn.q_proj", probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
+    spec, folder = ours
+    where, plain = "encoder.layers.0.self_attn.q_proj", probe_logits(x2dfd.load(spec).mllm)
     torch.manual_seed(1)
     additions = {f"{where}.lora_A.weight": torch.randn(2, 32), f"{where}.lora_B.weight": torch.randn(32, 2)}
     (folder / "experts").mkdir()
     save_file({f"tower.{name}": value for name, value in additions.items()}, folder / "experts" / "tower.safetensors")
     tiny.edit_card(folder, tower="forensic", tower_sha256=additions_sha256(additions))
-    scores = probe_logits(x2dfd.load(f"hub:{base}+{folder}").mllm)
+    scores = probe_logits(x2dfd.load(spec).mllm)
     assert scores != pytest.approx(plain, abs=1e-2)
     tiny.edit_card(folder, probes=scores)
-    merged = x2dfd.load(merge(f"hub:{base}+{folder}", tmp_path / "merged")).mllm
+    merged = x2dfd.load(merge(spec, tmp_path / "merged")).mllm
     assert probe_logits(merged) == pytest.approx(scores, abs=1e-3)

@@ -110,8 +110,8 @@ def test_a_dry_run_loads_nothing_and_says_it_all(tmp_path: Path) -> None:
     """It is asked on a laptop about a model that does not fit there."""
     base = tiny.write_base(tmp_path / "base")
     (base / "model.safetensors").unlink()
-    text = report(config(base=str(base), method="dora"), 2)
-    found = shape(config(base=str(base), method="dora"))
+    settings = config(base=str(base), method="dora")
+    text, found = report(settings, 2), shape(settings)
     assert f"{found.trained:,} parameters (dora)" in text and f"{found.total:,} parameters" in text
     assert all(f"{card} GB" in text for card in (12, 24, 40, 80)) and "predicted" in text
     with raises("base_unreadable", "nowhere"):

@@ -87,7 +87,8 @@ def small(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(BUILTIN, "tower", "external_detectors.tower:Tower")
     for module in ("x2dfd.tower", "external_detectors.tower"):
         monkeypatch.setattr(f"{module}.require", lambda part: base)
-    for module in ("x2dfd.tower", "external_detectors.tower", "external_detectors.train.tower", "data_gen.build"):
+    trainings = (f"external_detectors.train.{name}" for name in ("tower", "heads", "ranges"))
+    for module in ("x2dfd.tower", "external_detectors.tower", "data_gen.build", *trainings):
         monkeypatch.setattr(f"{module}.HEAD_LAYERS", LAYERS)
     monkeypatch.setattr(tower_net, "LAYERS", LAYERS)
     for loaded in (clip.load_tower, clip.load_tower_pass):
@@ -258,8 +259,7 @@ def test_a_pass_in_8_bits_is_nearly_that_in_fp32(
     folder = tmp_path / "mine"
     shutil.copytree(weights, folder / "experts")
     monkeypatch.setattr(clip, "CLIP_RANGES", tmp_path / "clip")
-    for name in ("HEAD_LAYERS", "LAYERS"):
-        monkeypatch.setattr(ranges, name, LAYERS)
+    monkeypatch.setattr(ranges, "LAYERS", LAYERS)
     additions = folder / "experts" / "tower.safetensors"
     closer, views = clip.closer, []
 
@@ -568,24 +568,15 @@ def test_kept_features_are_taken_only_whole_and_of_their_own_kind(
 
     whole, state = fill(), tmp_path / "tokens.progress.json"
     assert store("features.npy", "b").done == 0 and store().done == 3 and not capsys.readouterr().err
-    for left in (
-        whole[:-1],
-        whole[:100],
-        b"",
-        b"PK",
-        b"x" * len(whole),
-        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': (".ljust(118),
-    ):
+    header = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': (".ljust(118)
+    for left in (whole[:-1], whole[:100], b"", b"PK", b"x" * len(whole), header):
         (tmp_path / "tokens.npy").write_bytes(left)
         assert store().done == 0 and str(tmp_path) in capsys.readouterr().err
         assert fill() == whole
-    for done in ("x", 5, -1, True, None, 2.0):
-        state.write_text(json.dumps({"key": {"key": "a"}, "done": done}))
-        assert store().done == 0, done
-        fill()
-    for text in ("[]", "{", ""):
+    wrong = [json.dumps({"key": {"key": "a"}, "done": done}) for done in ("x", 5, -1, True, None, 2.0)]
+    for text in (*wrong, "[]", "{", ""):
         state.write_text(text)
-        assert store().done == 0
+        assert store().done == 0, text
         fill()
     np.save(tmp_path / "tokens.npy", np.ones((4, 2, 3), np.float32))
     assert store().done == 0
@@ -745,7 +736,6 @@ def test_heads_learn_from_enough_pictures(
     assert data.masks is not None
     some = CropSet(samples, data.crops[places], data.landmarks[places], {}, data.masks[places])
     monkeypatch.setattr(heads, "load_crops", lambda _: some)
-    monkeypatch.setattr(heads, "HEAD_LAYERS", LAYERS)
     heads.heads(photos, weights, tmp_path / "features", tmp_path / "out", epochs=1)
     card = read_card(tmp_path / "out" / "tower.card.json")
     assert [line for line in card.covers if " " in line] == ["jaw blending"]

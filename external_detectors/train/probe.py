@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -57,16 +56,6 @@ EXPERTS = (
 """Name, number of features, classes of fakes, blind spot."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Views:
-    """All views of all pictures, in order."""
-
-    features: NDArray[np.float16]  # [n, FEATURES]
-    fake: NDArray[np.bool_]
-    photo: NDArray[np.bool_]  # a photograph, forged or not, and no drawing
-    whole: NDArray[np.bool_]  # made as a whole, or derived from such a picture
-
-
 def probe(
     data: Annotated[list[Path], typer.Option(help="manifest of photos and fakes; give it again for more")],
     features: Annotated[Path, typer.Option(help="folder for CLIP's features, which are computed once")],
@@ -78,17 +67,15 @@ def probe(
     crop_workers: int = 1,
 ) -> None:
     """The probes on CLIP as it is: real or fake, and real or changed in part."""
-    sets = [load_crops(path, crop_workers) for path in data]
     left_out = names(leave_out)
-    pictures = Pictures(sets, left_out, seed)
+    pictures = Pictures([load_crops(path, crop_workers) for path in data], left_out, seed)
     samples = [pictures.at(k, i) for k, i in pictures.rows]
     experts = _trainable(samples, out)
     versions = {name: next_version(out, name) for name, *_ in experts}
-    places = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
-    places = [(k, i) for k, i in places if pictures.at(k, i).split in ("", "train", "val")]
+    places = [place for place in pictures.all_rows if pictures.at(*place).split in ("", "train", "val")]
     all_views = [(k, i, v) for v in range(views) for k, i in places if not (v and pictures.at(k, i).split == "val")]
     with locked_folder(features, wait=True):
-        seen = _features(pictures, all_views, features, seed)
+        seen, (fake, photo, whole) = _features(pictures, all_views, features, seed)
     row_of = {view: row for row, view in enumerate(all_views)}
     rows = np.array([row_of[k, i, v] for v in range(views) for k, i in pictures.rows], np.intp)
     odds = np.tile(pictures.odds, views)
@@ -97,9 +84,9 @@ def probe(
     settings = {"data": [manifest_sha256(path) for path in data], "views": views, "ridge": ridge, "seed": seed}
     for expert, n_features, covers, blind_spot in experts:
         all_kinds = "EFS" in covers
-        used = seen.photo[rows] & (all_kinds | ~seen.fake[rows] | ~seen.whole[rows])
-        x = seen.features[:, :n_features]
-        weight, bias = _fit(x, seen.fake, rows[used], odds[used], ridge)
+        used = photo[rows] & (all_kinds | ~fake[rows] | ~whole[rows])
+        x = seen[:, :n_features]
+        weight, bias = _fit(x, fake, rows[used], odds[used], ridge)
         log(f"{expert}: {int(used.sum())} views")
         judged = [k for k, s in enumerate(val_samples) if all_kinds or s.df_class != "EFS"]
         learnt_from = [s for s in samples if all_kinds or s.df_class != "EFS"]
@@ -144,8 +131,11 @@ def _trainable(samples: Sequence[Sample], out: Path) -> Sequence[tuple[str, int,
     return chosen
 
 
-def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed: int) -> _Views:
-    """CLIP's features of each view and its truth. A cut-off run resumes."""
+def _features(
+    pictures: Pictures, all_views: Sequence[View], folder: Path, seed: int
+) -> tuple[NDArray[np.float16], list[NDArray[np.bool_]]]:
+    """CLIP's features of each view, [n, FEATURES], and which views are fake, which are photographs (forged or not, but
+    no drawings), and which were made as a whole or derived from such a picture. A cut-off run resumes."""
     digest = hashlib.sha256()
     for k, i, view in all_views:
         digest.update(
@@ -166,8 +156,7 @@ def _features(pictures: Pictures, all_views: Sequence[View], folder: Path, seed:
         rows[start : start + BATCH] = np.concatenate([clip_features(crops).numpy().astype(np.float16), truth], 1)
         if (start // BATCH) % 16 == 15 or start + BATCH >= len(all_views):
             cache.save(rows, min(start + BATCH, len(all_views)))
-    fake, photo, whole = (rows[:, FEATURES + k] > 0 for k in range(3))
-    return _Views(rows[:, :FEATURES], fake, photo, whole)
+    return rows[:, :FEATURES], [rows[:, FEATURES + k] > 0 for k in range(3)]
 
 
 def _fit(

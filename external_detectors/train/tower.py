@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,22 +141,27 @@ class Pictures(IterableDataset[Item]):
     """Endless training examples."""
 
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
-        origins = {name for crops in sets for s in crops.samples for name in _own_origins(s)}
+        self.sets, self.seed = sets, seed
+        self.all_rows = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
+        origins = {name for k, i in self.all_rows for name in _own_origins(self.at(k, i))}
         for name in leave_out:
             if name not in origins:
                 raise UnknownName("source, generator or method", name, origins)
-        self.sets, self.seed = sets, seed
         fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
         if no_class := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
             raise X2DFDError(f"{len(no_class)} fakes without df_class, such as {no_class[0]}", code="df_class_missing")
-        all_rows = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
+        # A picture has the origin of its donor too.
         donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
-        held_out = {(k, i) for k, i in all_rows if origins_of(sets[k].samples[i], donors) & set(leave_out)}
-        self.rows = [(k, i) for k, i in all_rows if self.at(k, i).split in ("", "train") and (k, i) not in held_out]
+        held_out = {
+            (k, i)
+            for k, i in self.all_rows
+            if {*_own_origins(self.at(k, i)), donors.get(str(self.at(k, i).extra.get("donor") or ""))} & set(leave_out)
+        }
+        self.rows = [r for r in self.all_rows if self.at(*r).split in ("", "train") and r not in held_out]
         # Only the held-out pictures of split `val` take part in the choice: the others are for reports and calibration.
-        val_rows = [(k, i) for k, i in all_rows if self.at(k, i).split == "val"]
-        val_held_out = [(k, i) for k, i in val_rows if _own_origins(self.at(k, i)) & set(leave_out)]
-        val_others = [(k, i) for k, i in val_rows if (k, i) not in held_out]
+        val_rows = [r for r in self.all_rows if self.at(*r).split == "val"]
+        val_held_out = [r for r in val_rows if _own_origins(self.at(*r)) & set(leave_out)]
+        val_others = [r for r in val_rows if r not in held_out]
         self.validation_rows = _subset(val_held_out, 240) + _subset(val_others, 240)
         self.odds = _sampling_odds([self.at(k, i) for k, i in self.rows])
 
@@ -212,14 +217,8 @@ def _to_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float3
     return np.asarray(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA), np.float32)
 
 
-def origins_of(sample: Sample, donors: Mapping[str, str]) -> set[str]:
-    """The origins of a picture: its generator or source, its donor's source, and its forge methods. `donors`: group of
-    a photo -> its source."""
-    donor = donors.get(str(sample.extra.get("donor") or ""))
-    return _own_origins(sample) | ({donor} if donor else set())
-
-
 def _own_origins(sample: Sample) -> set[str]:
+    """A picture's generator or source, and its forge methods."""
     return {sample.origin, *sample.method.split("+")} - {""}
 
 
@@ -253,13 +252,8 @@ def loss_of(
     is_photo = photo > 0
     if not is_photo.any():
         return photo_loss
-    logits, label, kind, mask, cues = (
-        HeadLogits(*(v[is_photo] for v in logits)),
-        label[is_photo],
-        kind[is_photo],
-        mask[is_photo],
-        cues[is_photo],
-    )
+    logits = HeadLogits(*(v[is_photo] for v in logits))
+    label, kind, mask, cues = (v[is_photo] for v in (label, kind, mask, cues))
     verdict_loss = F.binary_cross_entropy_with_logits(logits.fake.float(), label * 0.94 + 0.03)
     map_loss = F.binary_cross_entropy_with_logits(logits.map.float(), mask)
     naming_loss = cue_loss(logits.cues.float(), cues, allowed)
@@ -380,10 +374,10 @@ def _train(
         if step % 20 == 0:
             log(f"{elapsed:.0f} of {seconds:.0f} s, step {step}, loss {np.mean(losses[-40:]):.4f}")
         if elapsed >= seconds * next_check / (checks + 1) and next_check < checks + 1:
-            best = _keep_best(net, trained, average, pictures, step, best, state)
+            best = _keep_best(net, average, pictures, step, best, state)
             next_check += 1
             _save(state_path, settings, elapsed, step, best, trained, average, optimizer)
-    best = _keep_best(net, trained, average, pictures, step, best, state)
+    best = _keep_best(net, average, pictures, step, best, state)
     weights = load_file(state / f"average-{best['figures']['step']}.safetensors")
     _set_values(trained, {n: weights[n].to(device) for n in trained})
     figures = {"steps": step, "pictures_seen": step * settings.batch, **best["figures"], "tried": best["tried"]}
@@ -397,21 +391,13 @@ def _in_16_bits(net: Net) -> None:
             module.to(torch.bfloat16)
 
 
-def _keep_best(
-    net: Net,
-    trained: dict[str, nn.Parameter],
-    average: dict[str, Tensor],
-    pictures: Pictures,
-    step: int,
-    best: Json,
-    state: Path,
-) -> Json:
+def _keep_best(net: Net, average: dict[str, Tensor], pictures: Pictures, step: int, best: Json, state: Path) -> Json:
     """Score the average on the validation rows, save it as `average-STEP.safetensors`, and return the best so far."""
+    trained = net.trained()
     current = {n: p.detach().clone() for n, p in trained.items()}
     _set_values(trained, average)
-    net.eval()
     samples = [pictures.at(k, i) for k, i in pictures.validation_rows]
-    scores = score(net, pictures)
+    scores = head_logits(net, pictures, pictures.validation_rows).fake.double().numpy()
     figures = {"auc": by_method(samples, scores), "above_nought": _false_alarm_rates(samples, scores)}
     value = worst(samples, scores)
     log(json.dumps({"step": step, "worst": value, **figures}))
@@ -425,11 +411,6 @@ def _keep_best(
     return {**best, "tried": tried}
 
 
-def score(net: Net, pictures: Pictures) -> NDArray[np.float64]:
-    """Verdict logits of `pictures.validation_rows`, without augmentation: [n]."""
-    return head_logits(net, pictures, pictures.validation_rows).fake.double().numpy()
-
-
 def head_logits(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -> HeadLogits:
     """The net's outputs, moved to the CPU, for pictures without augmentation."""
     device = next(net.heads.parameters()).device
@@ -438,8 +419,7 @@ def head_logits(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=quick_in_16_bits(device.type)):
         for start in range(0, len(rows), 32):
             samples = [pictures.sample(k, i, None) for k, i in rows[start : start + 32]]
-            columns = [p[0] for p in samples], [p[5] for p in samples]
-            views, areas = (torch.from_numpy(np.stack(column)).to(device) for column in columns)
+            views, areas = (torch.from_numpy(np.stack([s[n] for s in samples])).to(device) for n in (0, 5))
             outputs.append(HeadLogits(*(v.float().cpu() for v in net(views, areas))))
     if not outputs:
         return HeadLogits(*(torch.zeros(0) for _ in HeadLogits._fields))
@@ -449,8 +429,8 @@ def head_logits(net: Net, pictures: Pictures, rows: Sequence[tuple[int, int]]) -
 def cue_threshold(net: Net, pictures: Pictures) -> Json:
     """The probability from which naming cues has the best F1 on the forgeries of split `calib`, which `data_gen forge`
     sets apart for such a choice; 0.5 without any."""
-    all_rows = [(k, i) for k, crops in enumerate(pictures.sets) for i in range(len(crops.samples))]
-    rows = _subset([(k, i) for k, i in all_rows if pictures.at(k, i).split == "calib" and pictures.at(k, i).cues], 300)
+    calib = [r for r in pictures.all_rows if pictures.at(*r).split == "calib" and pictures.at(*r).cues]
+    rows = _subset(calib, 300)
     if not rows:
         return {"cue_threshold": 0.5}
     truth = torch.stack([torch.from_numpy(pictures.sample(k, i, None)[4]) for k, i in rows])
