@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,7 +171,7 @@ def measure(manifest: Path, limit: int, threads: int) -> Json:
             "name": name,
             "seconds": round(seconds[name], 4),
             "megabytes": round(megabytes),
-            "auc": measured_auc(labels, scores[name], groups).to_json(),
+            "auc": asdict(measured_auc(labels, scores[name], groups)),
         }
         for name, (_, megabytes) in variants.items()
     ]
@@ -183,7 +183,7 @@ def measure(manifest: Path, limit: int, threads: int) -> Json:
         "threads": threads,
         "ways": figures,
         "bf16_against_fp32": {
-            "auc": auc_difference(labels, scores[BF16], scores[FP32], groups).to_json(),
+            "auc": asdict(auc_difference(labels, scores[BF16], scores[FP32], groups)),
             "p_median": round(float(np.median(shifts)), 5),
             "p_90": round(float(np.quantile(shifts, 0.9)), 5),
         },

@@ -19,13 +19,9 @@ from finetune.gpu import matmul_rate, median_seconds
 READ_SIDE = 8192  # of the square matrix whose product with a vector measures how quickly weights are read
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
     torch.ops.mkldnn._linear_pointwise: lambda x, *_, out_val, **__: 2 * x.numel() * out_val.shape[-1],

@@ -56,15 +56,10 @@ EVIDENCE = (
 FACES = 4  # of the verdicts against the published recipe
 VIEWS = 400  # augmented views: a few in a hundred take twenty times as long as most
 FOLLOW_UP = "What about the eyes?"
-SAME = {
-    "fp32": 1e-4,
-    "bf16": 0.05,
-    "fp16": 0.02,
-    "int8": 0.01,
-}  # largest allowed difference between the answers of two ways
+SAME = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02, "int8": 0.01}
+"""The largest allowed difference between the answers of two ways."""
 
 Answers = Mapping[str, Any]  # name -> numbers or text; those of one name must agree between the ways of a comparison
-
 
 Geometry = Literal["embedded", "llava-7b", "toy"]
 """The model that is timed."""
@@ -108,7 +103,7 @@ def timed(cases: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list
     return seconds
 
 
-def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+def spread(values: Sequence[float], digits: int) -> dict[str, float]:
     """Median, p10 and p90."""
     quantiles = (("median", 50), ("p10", 10), ("p90", 90))
     return {name: round(float(np.percentile(values, q)), digits) for name, q in quantiles}
@@ -205,9 +200,9 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
                 probabilities.append(mllm._scores(last, mllm._yes_no_ids).double().softmax(-1)[:, 0].cpu().numpy())
         return {"P(yes)": np.concatenate(probabilities)}
 
-    def single(batch: Sequence[str]) -> Answers:
+    def single() -> Answers:
         encoding = mllm.encode(crop[None])
-        return {"P(yes)": np.concatenate([mllm.yes_no_packed(encoding, [q]).p_yes for q in batch])}
+        return {"P(yes)": np.concatenate([mllm.yes_no_packed(encoding, [q]).p_yes for q in questions])}
 
     def stock(batch: Sequence[str]) -> Answers:
         return {"P(yes)": mllm.yes_no_plain(crop, batch).p_yes}
@@ -216,7 +211,7 @@ def cue_questions(mllm: Any, crop: NDArray[np.uint8], questions: Sequence[str]) 
     return {
         "packed": Case(lambda: {"P(yes)": mllm.yes_no(crop, questions).p_yes}),
         "cached, in batches": Case(batched),
-        "cached, one by one": Case(lambda: single(questions)),
+        "cached, one by one": Case(single),
         "one by one, stock forward pass": Case(
             lambda: stock(questions), lambda: stock(sample), len(questions) // len(sample)
         ),

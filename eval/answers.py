@@ -44,9 +44,9 @@ QUESTIONS: tuple[Paraphrase, ...] = (
 """Half of them reversed, so that a model which says yes to everything is right half of the time."""
 
 
-def question_for(sample_id: str, seed: int = 0) -> Paraphrase:
+def question_for(sample_id: str) -> Paraphrase:
     """The wording that a sample gets: always the same for its id, spread evenly over the wordings."""
-    digest = hashlib.sha256(f"{seed}\n{sample_id}".encode()).digest()
+    digest = hashlib.sha256(f"0\n{sample_id}".encode()).digest()
     return QUESTIONS[int.from_bytes(digest[:8]) % len(QUESTIONS)]
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from eval import cuebench, looks, models, page
 from eval.rows import digest, say
 from eval.scoring import JPEG_QUALITY, LONGEST_SIDE, value_of
-from eval.stats import Measured
 from eval.task import Options, Outcome, Run, Task
 from eval.tasks import assess, demographics, describe, detect, experts, words
 from x2dfd.errors import X2DFDError
@@ -100,8 +99,6 @@ def _result(request: Run, task: Task, outcome: Outcome) -> Result:
 
 def as_json(value: Any) -> Any:
     """The value in JSON's own types: figures and other dataclasses as objects, tuples as lists."""
-    if isinstance(value, Measured):
-        return value.to_json()
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Changes of pictures that test whether scores are robust: named, deterministic, the same for reals and fakes.
 
-`CHANGES` are the ten that `run_bench.py experts` scores by default. A suite of `SUITES` has several kinds of change,
+`CHANGES` are the ten that `run_bench.py experts` scores by default. The suite `CODEC` has several kinds of change,
 each from mild to strong. `changes_of("codec")`, `changes_of("half,codec/jpeg/40")` name them.
 """
 
@@ -93,10 +93,6 @@ CHANGES: dict[str, Change] = {
 """Their parameters were fixed before anything was scored with them."""
 
 
-Suite = dict[str, tuple[Change, ...]]
-"""Kind -> changes from mild to strong."""
-
-
 def _levels(kind: str, line: str, makes: dict[str, Make]) -> tuple[Change, ...]:
     """Changes `codec/KIND/PARAMETER`; `line` is filled with the parameter."""
     return tuple(Change(f"codec/{kind}/{value}", line.format(value), make) for value, make in makes.items())
@@ -123,7 +119,7 @@ def _chained(*steps: Make) -> Make:
     return make
 
 
-CODEC: Suite = {
+CODEC: dict[str, tuple[Change, ...]] = {
     "jpeg": _levels("jpeg", "JPEG, quality {}", {f"{q}": _coded(".jpg", q) for q in (80, 60, 40, 20, 10)}),
     "webp": _levels("webp", "WebP, quality {}", {f"{q}": _coded(".webp", q) for q in (80, 50, 20)}),
     "h264": _levels("h264", "H.264, one frame, CRF {}", {f"{q}": _as_video(q) for q in (23, 30, 38)}),
@@ -158,21 +154,18 @@ CODEC: Suite = {
         ),
     ),
 }
-"""True codecs, sizes, blur and noise with the parameters of GenD's sweep (blur's kernel and sigma, sides, noise); the
-WebP, H.264 and chain parameters are ours."""
-
-
-SUITES: dict[str, Suite] = {"codec": CODEC}
+"""Kind -> changes from mild to strong: true codecs, sizes, blur and noise with the parameters of GenD's sweep (blur's
+kernel and sigma, sides, noise); the WebP, H.264 and chain parameters are ours."""
 
 
 def changes_of(names: str) -> dict[str, Change]:
-    """The changes that a comma-separated list names: a change, a suite, or a suite's kind (`codec/blur`).
+    """The changes that a comma-separated list names: a change, the suite `codec`, or a kind of it (`codec/blur`).
 
     `none` is no change. Raises UnknownName.
     """
-    by_name = CHANGES | {c.name: c for suite in SUITES.values() for kind in suite.values() for c in kind}
-    groups = {name: [c for kind in suite.values() for c in kind] for name, suite in SUITES.items()}
-    groups |= {f"{name}/{kind}": list(changes) for name, suite in SUITES.items() for kind, changes in suite.items()}
+    suite = [change for kind in CODEC.values() for change in kind]
+    by_name = CHANGES | {change.name: change for change in suite}
+    groups = {"codec": suite} | {f"codec/{kind}": list(changes) for kind, changes in CODEC.items()}
     selected: dict[str, Change] = {}
     for name in (n.strip() for n in names.split(",")):
         if not name or name == "none":

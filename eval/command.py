@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eval.bench import TASKS, as_json, run
-from eval.changes import CHANGES, SUITES
+from eval.changes import CHANGES, CODEC
 from eval.compare import Comparison, Reference, compare
 from eval.models import Choice
 from eval.protocols import PROTOCOLS
@@ -125,7 +125,7 @@ def _run(run_options: Options, reference_file: Path | None) -> bool:
         return True
     comparison = compare(result, run_options.out, reference)
     hashes = {"result_sha256": file_sha256(run_options.out / "result.json"), "reference_sha256": reference.sha256}
-    text = json.dumps(hashes | as_json(asdict(comparison)), ensure_ascii=False, indent=1)
+    text = json.dumps(hashes | as_json(comparison), ensure_ascii=False, indent=1)
     write_text(run_options.out / "comparison.json", text + "\n")
     _print_comparison(comparison)
     return not comparison.moved
@@ -155,8 +155,7 @@ def _list() -> None:
         print(f"change {change.name}\t{change.line}")
     for protocol in PROTOCOLS.values():
         print(f"protocol {protocol.name}\tv{protocol.version}\t{protocol.line}")
-    for name, suite in SUITES.items():
-        print(f"suite {name}\t{sum(map(len, suite.values()))} changes: {', '.join(suite)}")
+    print(f"suite codec\t{sum(map(len, CODEC.values()))} changes: {', '.join(CODEC)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -74,11 +75,9 @@ def paired(first: dict[str, ScoredSample], second: dict[str, ScoredSample]) -> P
         raise X2DFDError(
             f"{len(others)} samples have another label or group, such as {others[0]}", code="samples_differ"
         )
-    scores = [(i, first[i].score, second[i].score) for i in common]
-    scored = [(i, x, y) for i, x, y in scores if x is not None and y is not None]
-    ids = [i for i, _, _ in scored]
+    ids = [i for i in common if None not in (first[i].score, second[i].score)]
     labels = m.to_labels(first[i].label for i in ids)
-    a, b = m.to_scores([x for _, x, _ in scored]), m.to_scores([y for _, _, y in scored])
+    a, b = (m.to_scores(np.array([run[i].score for i in ids], np.float64)) for run in (first, second))
     return Pair(
         len(ids),
         len(first.keys() - second.keys()),

@@ -96,14 +96,17 @@ def cllr(labels: Labels, scores: Floats) -> float | None:
 def pool_by(ids: Sequence[str], labels: Labels, scores: Floats) -> tuple[list[str], Labels, Floats]:
     """Pools frame scores to their mean per clip; frames with the same id in `ids` are one clip. Returns the ids in
     sorted order with their labels and scores. Raises ValueError when frames of one id differ in label."""
-    names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
-    low, high = np.full(len(names), 2), np.full(len(names), -1)
-    np.minimum.at(low, place, labels)
-    np.maximum.at(high, place, labels)
-    if mixed := names[low != high].tolist():
+    names, share, pooled = means_by(ids, labels, scores)
+    if mixed := [name for name, value in zip(names, share, strict=True) if 0 < value < 1]:
         raise ValueError(f"real and fake frames under one id: {', '.join(mixed[:3])}")
-    pooled = np.bincount(place, weights=scores, minlength=len(names)) / np.bincount(place, minlength=len(names))
-    return names.tolist(), low.astype(np.int64), pooled
+    return names, share.astype(np.int64), pooled
+
+
+def means_by(ids: Sequence[str], labels: Labels, scores: Floats) -> tuple[list[str], Floats, Floats]:
+    """The different ids, sorted, with the mean label and the mean score of each."""
+    names, place = np.unique(np.asarray(ids, dtype=str), return_inverse=True)
+    sizes = np.bincount(place)
+    return names.tolist(), np.bincount(place, labels) / sizes, np.bincount(place, scores) / sizes
 
 
 def pool_sbi(

@@ -84,7 +84,7 @@ class Opened:
     """An opened model, in the form that every task uses."""
 
     name: str  # in the result
-    kind: str  # "model", "served", "fusion", "expert" or "baseline"
+    kind: str  # "model", "fusion", "expert" or "baseline"
     loaded: Detector | None = None  # None for a baseline
     mode: str | None = None
 
@@ -98,7 +98,7 @@ class Opened:
     @property
     def writes(self) -> bool:
         """Whether there is an MLLM, which can write texts."""
-        return self.kind in ("model", "served")
+        return self.kind == "model"
 
 
 def check(choice: Choice) -> None:
@@ -115,8 +115,7 @@ def check(choice: Choice) -> None:
 
 
 def open_model(choice: Choice) -> Opened:
-    """Opens a model. Raises X2DFDError (SetupError, UnknownName) if it cannot be opened."""
-    check(choice)
+    """Opens a model that passed `check`. Raises X2DFDError (SetupError, UnknownName) if it cannot be opened."""
     spec = choice.spec
     if choice.model in BASELINES:
         return Opened(choice.model, "baseline")
@@ -130,7 +129,7 @@ def open_model(choice: Choice) -> Opened:
     detector = x2dfd.load(spec, **options)
     if choice.tools:
         detector = with_tools(detector)
-    return Opened(spec.label, "served" if spec.url else "model", detector, detector.mode)
+    return Opened(spec.label, "model", detector, detector.mode)
 
 
 @dataclass(frozen=True)
@@ -151,14 +150,11 @@ class NoMLLM:
     name = "none"
     batch = 32
 
-    def __init__(self, logit: float) -> None:
-        self._logit = logit
-
     def encode(self, crops: NDArray[np.uint8]) -> FaceCount:
         return FaceCount(len(crops))
 
     def verdict_logits(self, encoding: object, questions: Sequence[str]) -> NDArray[np.float64]:
-        return np.full(len(questions), self._logit)
+        return np.zeros(len(questions))
 
     def write(self, encoding: object, questions: Sequence[str], starts: Sequence[str], **_: object) -> list[str]:
         return [""] * len(questions)
@@ -198,7 +194,7 @@ def experts_alone(name: str | None) -> Detector:
         crops_through=crops_through([e.card.name for e in experts]),
         experts={e.card.name: f"{e.card.version} {e.card.sha256}" for e in experts},
     )
-    return Detector(NoMLLM(0.0), experts, calibration, info, "calibrated")
+    return Detector(NoMLLM(), experts, calibration, info, "calibrated")
 
 
 def tool_results(question: str, evidence: Sequence[Evidence]) -> str:

@@ -35,6 +35,7 @@ from data_gen.readers import (
     read_x2dfd_lists,
     row,
 )
+from eval.metrics import means_by
 from eval.stats import Floats, Labels
 from x2dfd.cli import run_command
 from x2dfd.errors import UnknownName, X2DFDError
@@ -124,9 +125,8 @@ CORRECT = Compat()
 def pool_clips(samples: Sequence[Sample], labels: Labels, scores: Floats) -> tuple[list[str], Labels, Floats]:
     """The clips of `Compat.clips`, sorted by name: their names, labels [clips] and mean scores [clips]. The label of a
     mixed clip is int(mean), which is real. The right way is `eval.metrics.pool_by`."""
-    names, place = np.unique(np.asarray([s.path.parent.name for s in samples], dtype=str), return_inverse=True)
-    share, pooled = (np.bincount(place, w, len(names)) / np.bincount(place) for w in (labels, scores))
-    return names.tolist(), share.astype(np.int64), pooled
+    names, share, pooled = means_by([s.path.parent.name for s in samples], labels, scores)
+    return names, share.astype(np.int64), pooled
 
 
 def sampled(samples: Sequence[Sample], frames: int | None, compat: Compat = CORRECT) -> list[Sample]:

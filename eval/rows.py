@@ -210,13 +210,12 @@ class Store:
         if self.table.is_file():
             table = pq.read_table(self.table)
             head = json_object((table.schema.metadata or {}).get(b"x2dfd", b"{}"), self.table)
-            same_key = head.get("key") == self.key
-            batches.append((head, [_unpack(row) for row in table.to_pylist()] if same_key else []))
+            if head.get("key") == self.key:
+                batches.append((head, [_unpack(row) for row in table.to_pylist()]))
         for head, rows in self.parts:
             if head.get("key") == self.key:
                 self.anew = self.anew or head["anew"]
                 batches.append((head, [SampleRow.read(row) for row in rows]))
-        batches = [(head, rows) for head, rows in batches if head.get("key") == self.key]
         if self.anew:
             batches = [(head, rows) for head, rows in batches if head.get("anew")]
         origins = [head["origin"] for head, _ in batches if head["origin"]]

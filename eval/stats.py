@@ -11,7 +11,7 @@ percentile bootstrap was among the methods that fell short (AUC 0.95 of 30 group
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
@@ -44,16 +44,11 @@ class Measured:
     groups: int = 0  # independent groups of them
     note: str = ""  # why there is no interval
 
-    def to_json(self) -> Json:
-        """Its form in a result file."""
-        return asdict(self) | {"interval": list(self.interval) if self.interval else None}
-
     @classmethod
     def read(cls, part: Json) -> Self:
         """Reads a figure of a result file; unknown keys are ignored."""
-        interval = part.get("interval")
-        bounds = (float(interval[0]), float(interval[1])) if interval else None
-        return cls(part["value"], bounds, part.get("n", 0), part.get("groups", 0), part.get("note", ""))
+        interval = (float(part["interval"][0]), float(part["interval"][1])) if part.get("interval") else None
+        return cls(part["value"], interval, part.get("n", 0), part.get("groups", 0), part.get("note", ""))
 
 
 def both_classes(labels: Labels) -> bool:

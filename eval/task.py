@@ -144,9 +144,8 @@ def judged(
 
 def judge_of(run: Run, model: models.Opened, *, rationale: bool, change: Change | None = None) -> Judge:
     """`judged` with the options of a run, for `eval.rows.score`."""
-    options = run.options
-    judge = partial(judged, model, equalise=options.equalise, batch_size=options.batch_size)
-    return partial(judge, rationale=rationale, change=change)
+    equalise, batch_size = run.options.equalise, run.options.batch_size
+    return partial(judged, model, equalise=equalise, batch_size=batch_size, rationale=rationale, change=change)
 
 
 def to_row(sample: Sample, answer: Report | Failure) -> SampleRow:

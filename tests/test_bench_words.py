@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,14 @@ def photos(astronaut: Pixels, tmp_path: Path) -> Path:
     return write_csv(tmp_path / "m.csv", rows)
 
 
-def says_yes(request: Request) -> Reply:
-    if request.get("max_tokens") == 1:
-        return Reply("fake", {"fake": math.log(0.8), "real": math.log(0.2)})
-    return Reply("Yes, it is.")
+def says(text: str) -> Callable[[Request], Reply]:
+    """A model with P(fake) 0.8 of every picture, and this text."""
+
+    def reply(request: Request) -> Reply:
+        scored = Reply("fake", {"fake": math.log(0.8), "real": math.log(0.2)})
+        return scored if request.get("max_tokens") == 1 else Reply(text)
+
+    return reply
 
 
 def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str) -> int:
@@ -70,7 +75,7 @@ def run(task: str, photos: Path, out: Path, server: StandIn | None, *words: str)
 def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None:
     """Answers read without the question's polarity make "yes" to everything a finder of all fakes; where what cannot be
     read is dropped from the denominator, silence is the best strategy."""
-    with StandIn(says_yes, owned_by="hosted") as server:
+    with StandIn(says("Yes, it is."), owned_by="hosted") as server:
         assert run("answer", photos, tmp_path / "out", server) == 0
         first, asked = (tmp_path / "out" / "result.json").read_bytes(), len(server.requests)
         assert run("answer", photos, tmp_path / "out", server) == 0
@@ -85,11 +90,7 @@ def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None
     called_real = [answers.question_for(f"{n}.png").yes == "real" for n in "abcd"]
     assert result["disagreement"]["value"] == np.mean(called_real)  # P(fake) is 0.8 throughout
     assert server.requests and not any("score" in question_of(r) for r in server.requests)  # zero-shot: no experts
-
-    def mumbles(request: Request) -> Reply:
-        return says_yes(request) if request.get("max_tokens") == 1 else Reply("Hmm, a face.")
-
-    with StandIn(mumbles, owned_by="hosted") as server:
+    with StandIn(says("Hmm, a face."), owned_by="hosted") as server:
         assert run("answer", photos, tmp_path / "mumbled", server) == 0
     result = result_of(tmp_path / "mumbled")["scorers"]["answers"]
     assert result["accuracy"]["value"] == 0.0 and result["invalid"]["value"] == 1.0
@@ -99,15 +100,10 @@ def test_a_yes_sayer_is_found_out_in_words(photos: Path, tmp_path: Path) -> None
 
 def test_classes_in_words_and_their_confusion(photos: Path, tmp_path: Path) -> None:
     """A class that the manifest does not state must not be counted, nor an unreadable one be dropped."""
-
-    def swaps(request: Request) -> Reply:
-        if request.get("max_tokens") == 1:
-            return says_yes(request)
-        assert "face reenactment" in question_of(request)
-        return Reply("This is a face swap.")
-
-    with StandIn(swaps, owned_by="hosted") as server:
+    with StandIn(says("This is a face swap."), owned_by="hosted") as server:
         assert run("classify", photos, tmp_path / "out", server) == 0
+    asked = [question_of(r) for r in server.requests if r.get("max_tokens") != 1]
+    assert asked and all("face reenactment" in question for question in asked)
     result = result_of(tmp_path / "out")
     classes = result["scorers"]["classes"]
     assert result["skipped_without_class"] == 1 and classes["n_scored"] == 4
@@ -121,7 +117,7 @@ def test_classes_in_words_and_their_confusion(photos: Path, tmp_path: Path) -> N
 def test_scores_reach_a_server_as_tool_results(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline "with tools" that never told the model what the tools said."""
     monkeypatch.setitem(BUILTIN, tiny.EXPERT, tiny.EXPERT_TARGET)
-    with StandIn(says_yes, owned_by="hosted") as server:
+    with StandIn(says("Yes, it is."), owned_by="hosted") as server:
         assert run("detect", photos, tmp_path / "out", server, "--tools", tiny.EXPERT) == 0
     asked = [question_of(r) for r in server.requests]
     assert len(asked) == 4 and all(q.startswith("Tool results") and f"\n{tiny.EXPERT}: 0." in q for q in asked)
@@ -134,11 +130,7 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
     """A ranking whose numbers stand in no result file cannot be compared with the next one."""
     asked = [{"text": f"Is the jaw blurred? {CUE_ENDING}", "area": "jaw", "artifact": "blur", "origin": "bank"}]
     (tmp_path / "q.json").write_text(json.dumps({"questions": asked}), "utf-8")
-
-    def answers_yes(request: Request) -> Reply:
-        return Reply("Yes", {"Yes": math.log(0.7), "No": math.log(0.2)})
-
-    with StandIn(answers_yes, owned_by="hosted") as server:
+    with StandIn(lambda _: Reply("Yes", {"Yes": math.log(0.7), "No": math.log(0.2)}), owned_by="hosted") as server:
         assert run("assess", photos, tmp_path / "out", server, "--questions", str(tmp_path / "q.json")) == 0
     result = result_of(tmp_path / "out")
     assert result["headline"]["cue jaw blur.auc"]["value"] == 0.5 and result["headline"]["cue jaw blur.auc"]["n"] == 4
@@ -154,6 +146,8 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
         ("detect --model expert:clip --device cpu", "options_conflict"),
         ("locate --model fusion", "nothing_to_measure"),
         ("locate --model majority", "model_not_for_task"), ("experts --model majority", "model_not_for_task"),
+        ("experts --model expert:tower", "model_not_for_task"),  # it would quietly be the embedded model's experts
+        ("experts --changes jpg50", "unknown_name"), ("experts --experts brightnes", "unknown_name"),
         ("experts --with-mllm --model fusion", "with_mllm_not_for_run"),
         ("detect --with-mllm", "with_mllm_not_for_run"),
         ("experts --with-mllm --experts clip", "with_mllm_not_for_run"),
@@ -163,7 +157,7 @@ def test_the_assessment_is_a_task_with_a_result(photos: Path, tmp_path: Path) ->
 def test_what_does_not_go_together_is_told(
     words: str, code: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    """A baseline that is told the label has AUC 1.0; an option that is dropped without a word."""
+    """A baseline that is told the label has AUC 1.0; an option or a misspelt change that is dropped."""
     monkeypatch.setattr(models, "experts_alone", lambda name: None)
     assert command.main([*words.split(), "--data", str(photos), "--out", str(tmp_path / "out")]) == 2
     assert f"error [{code}]: " in capsys.readouterr().err

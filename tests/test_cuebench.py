@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,28 +90,22 @@ def test_a_cut_off_set_is_refused(photos: Path, whole: Path, tmp_path: Path, mon
     made: list[str] = []
     real = cuebench._make
 
-    def killed(item: Any, *rest: Any) -> Any:
-        if len(made) == 4:
+    def make(stop_after: int | None, item: Any, *rest: Any) -> Any:
+        if len(made) == stop_after:
             raise KeyboardInterrupt
         made.append(item.name)
         return real(item, *rest)
 
-    monkeypatch.setattr(cuebench, "_make", killed)
+    monkeypatch.setattr(cuebench, "_make", partial(make, 4))
     with pytest.raises(KeyboardInterrupt):
         build(photos, tmp_path, per_method=1)
     with raises("cuebench_unfinished", tmp_path):
         open_set(tmp_path)
     with raises("settings_differ", tmp_path):
         build(photos, tmp_path, per_method=2)
-    first = list(made)
-
-    def noted(item: Any, *rest: Any) -> Any:
-        made.append(item.name)
-        return real(item, *rest)
-
-    monkeypatch.setattr(cuebench, "_make", noted)
+    monkeypatch.setattr(cuebench, "_make", partial(make, None))
     build(photos, tmp_path, per_method=1)
-    assert len(set(made)) == len(made) > len(first)
+    assert len(set(made)) == len(made) > 4
     assert files(tmp_path) == files(whole)
     assert not (tmp_path / "manifest.part.jsonl").exists()
 

@@ -18,13 +18,8 @@ from x2dfd.manifest import Sample
 
 def people(count: int, **extra: str) -> list[Sample]:
     """Photos of one person each."""
-    named = "-".join(extra.values())
-    return [
-        Sample(
-            id=f"{named}{k}", path=Path(f"{named}{k}.png"), label="real", source="s", group=f"{named}{k}", extra=extra
-        )
-        for k in range(count)
-    ]
+    names = [f"{'-'.join(extra.values())}{k}" for k in range(count)]
+    return [Sample(name, Path(f"{name}.png"), "real", source="s", group=name, extra=extra) for name in names]
 
 
 def said(samples: list[Sample], fakes: int) -> list[SampleRow]:
@@ -57,20 +52,24 @@ def test_what_the_manifest_does_not_record_is_not_guessed() -> None:
     assert task.needs is not None and task.needs(samples[0])
 
 
+def tone_of(path: Path, *, equalise: bool = False) -> str:
+    return demographics.tone(Sample("a", path, "real"), equalise)
+
+
 @pytest.mark.parametrize(("gain", "tones"), [(1.0, {"1 very light", "2 light"}), (0.45, {"5 brown", "6 dark"})])
 def test_the_tone_follows_the_cheeks(
     gain: float, tones: set[str], astronaut: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     path = tmp_path / "a.png"
     Image.fromarray((astronaut * gain).astype(np.uint8)).save(path)
-    assert demographics.tone(Sample(id="a", path=path, label="real"), False) in tones
+    assert tone_of(path) in tones
 
 
 def test_a_grey_photo_and_one_without_a_face_have_no_tone(astronaut: NDArray[np.uint8], tmp_path: Path) -> None:
     """Without colour the angle is 90 degrees whoever it shows: everyone very light."""
     path = tmp_path / "a.png"
     Image.fromarray(astronaut).convert("L").save(path)
-    assert demographics.tone(Sample(id="a", path=path, label="real"), False) == ""
+    assert tone_of(path) == ""
     Image.new("RGB", (64, 64), "red").save(path)
-    assert demographics.tone(Sample(id="a", path=path, label="real"), False) == ""
-    assert demographics.tone(Sample(id="a", path=tmp_path / "absent.png", label="real"), True) == ""
+    assert tone_of(path) == ""
+    assert tone_of(tmp_path / "absent.png", equalise=True) == ""

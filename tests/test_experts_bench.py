@@ -21,6 +21,7 @@ from eval.changes import CHANGES, FORMAT_SWAP, Change
 from eval.rows import SampleRow
 from eval.tasks import experts as experts_bench
 from tests.raising import raises
+from tests.test_run_bench import result_of
 from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
 from x2dfd import experts
 from x2dfd.adapter import AdapterCard, write_adapter_card
@@ -35,7 +36,6 @@ from x2dfd.types import Card, Evidence, Face
 POINTER = "pointer"
 POINTER_TARGET = "tests.test_experts_bench:Pointer"
 CUT = "no score for dark faces"
-WORDS = ("experts", "--experts", f"{EXPERT},{POINTER}")
 
 
 class Pointer:
@@ -107,10 +107,10 @@ def data(tmp_path: Path, astronaut: NDArray[np.uint8]) -> Path:
     return folder / "manifest.jsonl"
 
 
-def bench(data: Path, model: Path, out: Path, *words: Any) -> dict[str, Any]:
-    assert command.main([str(w) for w in (*WORDS, "--data", data, "--model", model, "--out", out, *words)]) == 0
-    result: dict[str, Any] = json.loads((out / "result.json").read_text("utf-8"))
-    return result
+def bench(data: Path, model: Path, out: Path, *words: Any, task: str = "experts") -> dict[str, Any]:
+    given = [task, "--experts", f"{EXPERT},{POINTER}", "--data", data, "--model", model, "--out", out, *words]
+    assert command.main([str(word) for word in given]) == 0
+    return result_of(out)
 
 
 def test_experts_fusion_and_baseline_stand_side_by_side(data: Path, model: Path, tmp_path: Path) -> None:
@@ -166,8 +166,12 @@ def test_a_change_is_scored_and_a_lost_face_is_counted(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A change that hides the hard faces would pass as robustness if only what is left were shown."""
-    inverted = Change("noise", "the order of brightness turned round", lambda pixels, _: turned(pixels))
-    monkeypatch.setitem(CHANGES, "noise", inverted)
+
+    def turned(pixels: NDArray[np.uint8], _: object) -> NDArray[np.uint8]:
+        """The photo with the brightness that stands opposite among those of `data`."""
+        return np.asarray(np.clip(pixels * (80.0 / pixels.mean()) ** 2, 0, 255), np.uint8)
+
+    monkeypatch.setitem(CHANGES, "noise", Change("noise", "the order of brightness turned round", turned))
     monkeypatch.setitem(CHANGES, "blur", Change("blur", "black", lambda pixels, _: np.zeros_like(pixels)))
     result = bench(data, model, tmp_path / "out", "--changes", "blur,noise")
     black, noise = result["robustness"]["blur"], result["robustness"]["noise"]
@@ -179,11 +183,6 @@ def test_a_change_is_scored_and_a_lost_face_is_counted(
     assert noise["auc"]["fusion"]["value"] == pytest.approx(1 - unchanged)
     assert noise["auc"]["fusion"]["n"] == 12 and noise["lost_face"] == {"real": 0, "fake": 0}
     assert result["format_swap"] is None
-
-
-def turned(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The photo with the brightness that stands opposite among those of `data`."""
-    return np.asarray(np.clip(pixels * (80.0 / pixels.mean()) ** 2, 0, 255), np.uint8)
 
 
 def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
@@ -199,9 +198,7 @@ def test_a_map_is_measured_against_the_mask_beside_two_that_know_nothing(
     assert maps[POINTER]["iou_by_threshold"]["0.5"] > 0.8  # its highest number is 0.4: thresholds are shares of that
     assert maps[localisation.OVAL]["iou"]["value"] < 0.3 and 0.5 < maps[localisation.OVAL]["auc"]["value"] < 0.97
     assert maps[POINTER]["by_method"]["blend"]["n"] == 6
-    words = ["locate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "located")]
-    assert command.main([*words, "--experts", f"{EXPERT},{POINTER}"]) == 0
-    result = json.loads((tmp_path / "located" / "result.json").read_text("utf-8"))
+    result = bench(data, model, tmp_path / "located", task="locate")
     assert result["data"]["n"] == result["data"]["n_fake"] == 6 and result["skipped_without_mask"] == 8
     assert f"map:{POINTER}.pixel_auc" in result["headline"] and "map:baseline:oval.iou" in result["headline"]
     assert "robustness" not in result and result["localisation"]["n_masks"] == 6
@@ -276,23 +273,6 @@ def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(
     assert result["held_out"]["fusion"] == ["blend"] and result["held_out"][f"expert:{EXPERT}"] == ["blend", "other"]
     row = tables.table("experts", {"experts": result}).split("method blend*")[1].splitlines()[0]
     assert row.count("†") == 2
-
-
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (("--changes", "jpg50"), "unknown_name"), (("--experts", "brightnes"), "unknown_name"),
-        # These would quietly be the embedded model's experts.
-        (("--model", "majority"), "model_not_for_task"), (("--model", "expert:tower"), "model_not_for_task"),
-    ],
-)  # fmt: skip
-def test_a_misspelt_name_or_a_model_without_a_calibration_is_refused(
-    words: tuple[str, str], code: str, data: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A change left out because of a typo would be missed by nobody."""
-    run = [str(w) for w in (*WORDS, "--data", data, "--model", model, "--out", tmp_path / "out", *words)]
-    assert command.main(run) == 2
-    assert f"error [{code}]: " in capsys.readouterr().err
 
 
 def test_the_tables_hold_what_the_result_says(data: Path, model: Path, tmp_path: Path) -> None:

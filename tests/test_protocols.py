@@ -75,15 +75,12 @@ def test_frames_are_spread_and_first_only_under_compat() -> None:
         Compat.parse("clip")
 
 
-def test_the_protocols_of_df40_are_the_published_ones() -> None:
-    """Bug prevented: the eight swaps of another table called P1."""
+def test_a_protocol_is_written_set_by_set_and_never_in_part(tmp_path: Path) -> None:
+    """Bug prevented: "P1" over the one index that was there; a set over the files that happened to be unpacked; the
+    eight swaps of another table called P1."""
     assert PROTOCOLS["df40-p1"].sets == ("FSAll_ff", "FRAll_ff", "EFSAll_ff")
     listed = command("list")
     assert listed.exit_code == 0 and all(f"{name}\tv" in listed.stdout for name in PROTOCOLS)
-
-
-def test_a_protocol_is_written_set_by_set_and_never_in_part(tmp_path: Path) -> None:
-    """Bug prevented: "P1" over the one index that was there; a set over the files that happened to be unpacked."""
     root, indices, out = tmp_path / "data", tmp_path / "json", tmp_path / "out"
     for key in PROTOCOLS["df40-p1"].sets[:2]:
         name = key.removesuffix("_ff")

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 import x2dfd
 from eval import command, compare, models, page, protocols, scoring, stats, tables, texts
@@ -38,12 +37,19 @@ HASHES = ("manifest", "base", "adapter", "calibration")
 
 
 class StandIn:
-    """Calls bright pictures fake; the brighter, the surer. Its expert `half` sees nothing in very dark ones."""
+    """Calls bright pictures fake; the brighter, the surer. Its expert `half` sees nothing in very dark ones.
+    `edit`: what becomes of every report."""
 
-    def __init__(self, weights: str = "w1", stop_after: int = 10**6, shift: float = 0.0) -> None:
-        self.weights, self.left, self.shift = weights, stop_after, shift
+    def __init__(
+        self,
+        weights: str = "w1",
+        stop_after: int = 10**6,
+        shift: float = 0.0,
+        edit: Callable[[Report], Report] = lambda report: report,
+    ) -> None:
+        self.weights, self.left, self.shift, self.edit = weights, stop_after, shift, edit
         self.seen: list[Path | bytes] = []
-        self.mode = "calibrated"
+        self.mode, self.calibration = "calibrated", None
 
     def detect_many(
         self, sources: Sequence[Path | bytes], batch_size: int = 8, rationale: bool = True
@@ -53,7 +59,8 @@ class StandIn:
                 raise Killed
             self.left -= 1
             self.seen.append(source)
-            yield self.judge(source, rationale)
+            report = self.judge(source, rationale)
+            yield report if isinstance(report, Failure) else self.edit(report)
 
     def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
         try:
@@ -109,13 +116,9 @@ def data(tmp_path: Path) -> Path:
         level = float(rng.uniform(0.35, 0.92) if fake else rng.uniform(0.02, 0.65))
         name = f"p/{i:02d}.{'png' if i % 3 else 'jpg'}"
         picture(tmp_path / name, level)
+        method = ("blend" if camera == "ffhq" else "gan") if fake else "none"
         row = {"path": name, "label": "fake" if fake else "real", "source": camera, "group": f"g{i % 24}"}
-        row |= {
-            "split": "val",
-            "method": ("blend" if camera == "ffhq" else "gan") if fake else "none",
-            "cues": cues if fake else "",
-        }
-        rows.append(row)
+        rows.append(row | {"split": "val", "method": method, "cues": cues if fake else ""})
     for row in rows[26:38:2]:  # the GAN's fakes have a source without reals
         row["source"] = "gan-faces"
     (tmp_path / "p/broken.jpg").write_bytes(b"not a picture")
@@ -151,6 +154,12 @@ class Runs:
     def said(self) -> str:
         """On both streams, since it was last asked."""
         return "".join(self._capsys.readouterr())
+
+    def refuse(self, code: str, *words: Any, fact: str = "", detector: StandIn | None = None, **given: str) -> None:
+        """The command ends in this error, whose line holds the fact."""
+        self.said()
+        assert self(detector or StandIn(), *words, **given) == 2
+        assert f"error [{code}]: " in (said := self.said()) and fact in said
 
     def manifest(self) -> list[dict[str, str]]:
         return list(csv.DictReader(self.data.read_text("utf-8").splitlines()))
@@ -217,12 +226,9 @@ def test_samples_can_be_recounted_from_the_table(runs: Runs) -> None:
 def test_every_face_is_counted_where_a_picture_shows_several(runs: Runs) -> None:
     """A group photo is judged by its most suspicious face: how well single faces are told apart does not show there."""
 
-    class Group(StandIn):
-        def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
-            report = super().judge(source, rationale)
-            assert isinstance(report, Report)
-            calm = replace(report.faces[0], index=1, verdict=Verdict("real", 0.05))
-            return replace(report, faces=(*report.faces, calm))
+    def beside_a_calm_one(report: Report) -> Report:
+        calm = replace(report.faces[0], index=1, verdict=Verdict("real", 0.05))
+        return replace(report, faces=(*report.faces, calm))
 
     rows = [
         {"path": f"{level}.png", "label": "real" if level in (0.1, 0.3) else "fake"} for level in (0.1, 0.2, 0.3, 0.7)
@@ -230,7 +236,7 @@ def test_every_face_is_counted_where_a_picture_shows_several(runs: Runs) -> None
     for row in rows:
         picture(runs.folder / row["path"], float(row["path"][:3]))
     write_csv(runs.data, rows)
-    assert runs(Group(), "--no-equalise") == 0
+    assert runs(StandIn(edit=beside_a_calm_one), "--no-equalise") == 0
     scorer = runs.result()["scorers"]["calibrated"]
     assert scorer["overall"]["auc"]["value"] == pytest.approx(0.75)
     assert scorer["faces"]["n"] == 8 and scorer["faces"]["fake_pictures_with_several"] == 2
@@ -298,17 +304,11 @@ def test_every_picture_is_judged_under_one_change(runs: Runs) -> None:
     runs(again, "--changes", "half")
     runs(other, "--changes", "codec/noise/0.2")
     assert (len(again.seen), len(other.seen)) == (1, 39)  # one, to see that the model is the same
-    runs.said()
-    for wrong, code, fact in (
-        (("--changes", "half", "--compare", reference), "not_comparable", "half"),
-        (("--changes", "half,quarter"), "changes_too_many", "2"),
-        (("--changes", "codec/blur"), "changes_too_many", "5, such as codec/blur/5-0.5"),
-        (("--changes", "hafl"), "unknown_name", "did you mean 'half'"),
-    ):
-        assert runs(StandIn(), *wrong) == 2
-        assert f"error [{code}]: " in (said := runs.said()) and fact in said
-    assert runs(StandIn(), "--changes", "half", task="describe") == 2
-    assert "error [changes_not_for_task]: " in runs.said()
+    runs.refuse("not_comparable", "--changes", "half", "--compare", reference, fact="half")
+    runs.refuse("changes_too_many", "--changes", "half,quarter", fact="2")
+    runs.refuse("changes_too_many", "--changes", "codec/blur", fact="5, such as codec/blur/5-0.5")
+    runs.refuse("unknown_name", "--changes", "hafl", fact="did you mean 'half'")
+    runs.refuse("changes_not_for_task", "--changes", "half", task="describe")
 
 
 @pytest.mark.slow
@@ -346,7 +346,7 @@ def test_a_file_that_changed_is_judged_again_and_hours_are_not_thrown_away(runs:
     [chosen] = runs.rows("one")
     runs(StandIn(), out="one")
     picture(runs.folder / chosen["path"], 0.3)
-    assert runs(StandIn(), "--limit", 1, out="one") == 2 and "holds 39 rows" in runs.said()
+    runs.refuse("rows_of_other_samples", "--limit", 1, out="one", fact="holds 39 rows")
     assert runs(again, out="one") == 0 and len(again.seen) == 2
 
 
@@ -360,16 +360,16 @@ def test_rows_of_other_samples_are_not_thrown_away(runs: Runs, monkeypatch: pyte
     before = {p.name: p.read_bytes() for p in (runs.folder / "out").iterdir()}
     asked = StandIn()
     for model in ("embedded", "majority"):
-        assert runs(asked, "--split", "test", "--model", model) == 2
-        assert f"out holds {len(rows) // 2} rows" in (said := runs.said()) and "error [rows_of_other_samples]: " in said
+        fact = f"out holds {len(rows) // 2} rows"
+        runs.refuse("rows_of_other_samples", "--split", "test", "--model", model, detector=asked, fact=fact)
     other = write_csv(runs.folder / "other.csv", [row for row in rows if row["split"] == "test"])
-    assert runs(asked, "--data", other) == 2
+    runs.refuse("rows_of_other_samples", "--data", other, detector=asked)
     assert not asked.seen and {p.name: p.read_bytes() for p in (runs.folder / "out").iterdir()} == before
     # Nor are those of a run that was cut off.
     monkeypatch.setattr("eval.rows.CHUNK", 6)
     with pytest.raises(Killed):
         runs(StandIn(stop_after=8), "--split", "val", out="cut")
-    assert runs(asked, "--split", "test", out="cut") == 2 and "cut holds 6 rows" in runs.said()
+    runs.refuse("rows_of_other_samples", "--split", "test", detector=asked, out="cut", fact="cut holds 6 rows")
     # With some in common, a run goes on as before, and keeps what it was not asked for.
     assert runs(asked) == 0
     assert len(asked.seen) == 1 + 19  # to see that the model is the same, and those that are new and readable
@@ -404,29 +404,23 @@ def test_drift_is_an_exit_status(runs: Runs) -> None:
     reference["headline"]["mllm.auc"] = {"value": 0.9, "interval": [0.85, 0.95], "n": 38}
     file.write_text(json.dumps(reference))
     assert runs(StandIn(), "--compare", file) == 1 and "mllm.auc" in runs.said().split("drift:")[1]
-    assert runs(StandIn(), "--compare", file, "--limit", 30) == 2 and "error [not_comparable]: " in runs.said()
+    runs.refuse("not_comparable", "--compare", file, "--limit", 30)
 
 
 def test_a_comparison_pairs_the_samples(runs: Runs) -> None:
     """A number within the reference's interval can still be a worse model; and pairing the wrong rows finds nothing."""
 
-    class Other(StandIn):
-        def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
-            report = super().judge(source, rationale)
-            if isinstance(report, Failure) or report.verdict.p_fake is None:
-                return report
-            p = 0.5 + 0.3 * np.sin(20 * report.verdict.p_fake)  # another order, without ties
-            return replace(report, verdict=replace(report.verdict, p_fake=float(p)))
-
-    def comparison() -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((runs.folder / "out" / "comparison.json").read_text("utf-8"))
-        return found
+    def in_another_order(report: Report) -> Report:
+        if report.verdict.p_fake is None:
+            return report
+        p = 0.5 + 0.3 * np.sin(20 * report.verdict.p_fake)  # without ties
+        return replace(report, verdict=replace(report.verdict, p_fake=float(p)))
 
     runs(StandIn(), out="ref")
     reference = runs.folder / "ref" / "result.json"
-    runs(Other(), "--compare", reference)
+    runs(StandIn(edit=in_another_order), "--compare", reference)
     assert "paired p_fake: difference of the AUCs: -" in runs.said()
-    found = comparison()
+    found = json.loads((runs.folder / "out" / "comparison.json").read_text("utf-8"))
     assert found["result_sha256"] == file_sha256(runs.folder / "out" / "result.json")
     assert found["reference_sha256"] == file_sha256(reference)
     # By hand: P(real below fake) for every fake and every real, in both runs (DeLong et al. 1988).
@@ -447,21 +441,17 @@ def test_a_comparison_pairs_the_samples(runs: Runs) -> None:
     for spoil in (table.unlink, lambda: shutil.copy(runs.folder / "third" / "samples.parquet", table)):
         spoil()
         runs.said()
-        runs(Other(), "--compare", reference)
+        runs(StandIn(edit=in_another_order), "--compare", reference)
         assert "note: no paired test: " in (said := runs.said()) and "paired p_fake" not in said
-        assert comparison()["paired"] == {}
+        assert json.loads((runs.folder / "out" / "comparison.json").read_text("utf-8"))["paired"] == {}
 
 
 def test_one_expert_alone(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """`expert:towe` must not quietly report the verdict instead, nor an expert's number as that of an MLLM."""
-    assert runs(StandIn(), "--model", "expert:towe") == 2 and "did you mean 'tower'" in runs.said()
+    runs.refuse("unknown_name", "--model", "expert:towe", fact="did you mean 'tower'")
 
-    class One(StandIn):
-        def judge(self, source: Path | bytes, rationale: bool) -> Report | Failure:
-            report = super().judge(source, rationale)
-            return report if isinstance(report, Failure) else replace(report, evidence=report.evidence[:1])
-
-    monkeypatch.setattr(models, "experts_alone", lambda name: One())
+    one = StandIn(edit=lambda report: replace(report, evidence=report.evidence[:1]))
+    monkeypatch.setattr(models, "experts_alone", lambda name: one)
     assert runs(StandIn(), "--model", "expert:good") == 0
     assert list(runs.result()["scorers"]) == ["expert:good"]
     assert runs(StandIn(), "--model", "fusion") == 0
@@ -492,7 +482,7 @@ def test_explanations_against_known_cues(runs: Runs) -> None:
     assert pointing["cues"]["micro"]["recall"] == model["cues"]["micro"]["recall"]
     # Agreement with an empty truth is not a zero and not a one.
     write_csv(runs.data, [{"path": "a.png", "label": "fake"}])
-    assert runs(StandIn(), task="describe", out="none") == 2 and "error [nothing_to_measure]: " in runs.said()
+    runs.refuse("nothing_to_measure", task="describe", out="none")
 
 
 def test_annotations_without_cues_are_scored_as_texts(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,11 +544,10 @@ def test_a_clip_id_shared_by_two_clips_is_refused(runs: Runs) -> None:
     assert runs(StandIn(), "--compat", "clips") == 0
     stock = runs.result()["scorers"]["calibrated"]["videos"]["stock"]
     assert stock["n"] == len({Path(row["path"]).parent.name for row in rows})  # folders of one name are one clip there
-    assert runs(StandIn(), "--compat", "clip") == 2
+    runs.refuse("unknown_name", "--compat", "clip")
     rows[25]["video"] = rows[24]["video"] = "000_003"
     write_csv(runs.data, rows)
-    assert runs(StandIn()) == 2
-    assert "error [clips_share_id]: " in (said := runs.said()) and "'000_003'" in said
+    runs.refuse("clips_share_id", fact="'000_003'")
 
 
 def test_it_runs_as_a_script() -> None:
@@ -583,24 +572,25 @@ def test_readme_tables_follow_the_results(runs: Runs) -> None:
     # not the last one, nor none
     assert {tables.table(name, {}) for name in ("summary", *tables.TABLES)} == {tables.NOT_MEASURED}
 
-    def made(*words: str) -> tuple[int, str]:
-        app = typer.Typer()
-        app.command()(tables.main)
-        done = CliRunner().invoke(app, ["--pages", str(readme), "--results", str(results), *words])
-        return done.exit_code, f"{done.stderr}{done.exception or ''}"
+    def differs() -> bool:
+        try:
+            tables.main(True, [readme], results)
+        except typer.Exit as end:
+            return end.exit_code == 1
+        return False
 
-    assert made("--check")[0] == 1
-    assert made() == (0, "")
+    assert differs()
+    tables.main(False, [readme], results)
     text = readme.read_text("utf-8")
     assert text.startswith("# Title\n") and text.endswith("\n\nafter\n")
     assert "| AUC | calibrated = expert:good | mllm |" in text  # equal figures stand once
     assert "method blend" in text and "| fake / real | groups |" in text
-    assert made("--check") == (0, "")
+    assert not differs()
     readme.write_text(text.replace("0.500", "0.501", 1), "utf-8")
-    assert made("--check")[0] == 1
+    assert differs()
     readme.write_text("<!-- table:detekt -->\n<!-- /table -->\n", "utf-8")
-    code, said = made()
-    assert code == 1 and "detekt" in said
+    with raises("table_unknown", "detekt"):
+        tables.main(False, [readme], results)
 
 
 def test_a_result_of_unknown_origin_is_not_quoted() -> None:
@@ -661,4 +651,4 @@ def test_looks_at_a_reporting_set_are_counted(runs: Runs) -> None:
     assert "look number 2" in "; ".join(tables.faults("val", other))
     assert "look" not in "; ".join(tables.faults("val", first))
     ledger.write_text("[1]\n")
-    assert runs(StandIn(), "--reporting", ledger, out="d") == 2
+    runs.refuse("ledger_unusable", "--reporting", ledger, out="d")

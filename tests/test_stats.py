@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_few_groups_have_no_interval() -> None:
     assert (gap.value, gap.interval, gap.note, gap.n, gap.groups) == (1.0, None, TOO_FEW, 33, 33)
     assert stats.rate_difference(few, stats.rate([], [])).value is None
     for figure in (Measured(0.5, (0.4, 0.6), 10, 5), Measured(None), three):  # read back from its file
-        assert Measured.read(figure.to_json()) == figure
+        assert Measured.read(asdict(figure)) == figure
 
 
 def test_no_interval_of_zero_width() -> None:

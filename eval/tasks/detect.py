@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def run(run: Run) -> Outcome:
     rows, origin = score(judge_of(run, model, rationale=False, change=change), samples, store)
     # One expert decides by its own score, and has no verdict.
     verdict = "" if model.kind == "expert" else "fusion" if model.kind == "fusion" else model.mode or "calibrated"
-    calibration = getattr(model.detector, "calibration", None)
+    calibration = model.detector.calibration
     fitted = calibration.fitted_on if calibration is not None and model.mode == "calibrated" else {}
     promised = None
     if verdict and "false_alarms_allowed" in fitted:
@@ -142,7 +143,7 @@ def _promise(samples: Sequence[Sample], rows: Sequence[SampleRow], promised: Par
     reals = [(s, row) for s, row in zip(samples, rows, strict=True) if s.label == "real" and row.said]
 
     def with_kept(rate: Measured) -> Part:
-        return rate.to_json() | {"kept": rate.interval[0] <= allowed if rate.interval else None}
+        return asdict(rate) | {"kept": rate.interval[0] <= allowed if rate.interval else None}
 
     return {
         "false_alarms_allowed": allowed,
