@@ -143,10 +143,10 @@ def adopt(
     print(run_adopt(source, out, pictures=pictures, experts=experts))
 
 
-questions.add_commands(app)
-read_commands.add_commands(app)
-leaks.add_commands(app)
-catalogue.add_commands(app)
+app.command("questions", epilog=questions.EPILOG)(questions.command)
+app.add_typer(read_commands.kinds, name="read")
+app.command("leaks", epilog=leaks.EPILOG)(leaks.command)
+app.command("catalogue", epilog=catalogue.EPILOG)(catalogue.command)
 
 
 @app.command(epilog="Example:\n\n  python -m data_gen decoders --data build/forged/manifest.jsonl")

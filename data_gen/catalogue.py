@@ -169,13 +169,13 @@ def _window(photo: Photo, mask: Pixels | None, whole: bool = False) -> tuple[sli
 
 def _shrunk(pixels: Pixels) -> Pixels:
     """At most SHOWN pixels long; never enlarged."""
-    return _fit(pixels, SHOWN) if max(pixels.shape[:2]) > SHOWN else pixels
+    return _fit(pixels) if max(pixels.shape[:2]) > SHOWN else pixels
 
 
-def _fit(pixels: Pixels, side: int) -> Pixels:
-    """The longer side is `side` pixels."""
+def _fit(pixels: Pixels) -> Pixels:
+    """The longer side is SHOWN pixels."""
     height, width = pixels.shape[:2]
-    scale = side / max(height, width)
+    scale = SHOWN / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(pixels, size, interpolation=interpolation), np.uint8)
@@ -183,7 +183,7 @@ def _fit(pixels: Pixels, side: int) -> Pixels:
 
 def _overlay(forgery: Forgery, window: tuple[slice, slice]) -> Pixels:
     """The forged picture in grey, the mask's weight in orange upon it, with a line where that is at half its height."""
-    pixels, mask = _fit(forgery.pixels[window], SHOWN), _fit(forgery.mask[window], SHOWN)
+    pixels, mask = _fit(forgery.pixels[window]), _fit(forgery.mask[window])
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
     weight = 0.5 * mask.astype(np.float32)[..., None] / 255
     tinted = 0.85 * grey * (1 - weight) + np.array(ORANGE, np.float32) * weight
@@ -206,25 +206,21 @@ def _jpeg_uri(pixels: Pixels, quality: int = 90) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-_EPILOG = """Examples:\n
+EPILOG = """Examples:\n
   python -m data_gen catalogue --out build/catalogue.html\n
   python -m data_gen catalogue --data photos.csv --out build/catalogue.html --seed 3
 """
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Register `catalogue` on the room's command."""
-
-    @app.command("catalogue", epilog=_EPILOG)
-    def _catalogue(
-        out: Annotated[Path, typer.Option(help="HTML file to write")],
-        data: Annotated[Path | None, typer.Option(help="manifest of photos; scikit-image's portrait if none")] = None,
-        seed: Annotated[int, typer.Option(min=0, help="chooses photos and what each method does")] = 0,
-    ) -> None:
-        """Every forge method and harmless change on one page: picture, mask, difference, cues at three strengths."""
-        page = catalogue(data, seed)
-        try:
-            write_text(out, page)
-        except OSError as error:
-            raise X2DFDError(f"cannot write {out}: {error.strerror or error}", code="cannot_write") from error
-        print(out)
+def command(
+    out: Annotated[Path, typer.Option(help="HTML file to write")],
+    data: Annotated[Path | None, typer.Option(help="manifest of photos; scikit-image's portrait if none")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="chooses photos and what each method does")] = 0,
+) -> None:
+    """Every forge method and harmless change on one page: picture, mask, difference, cues at three strengths."""
+    page = catalogue(data, seed)
+    try:
+        write_text(out, page)
+    except OSError as error:
+        raise X2DFDError(f"cannot write {out}: {error.strerror or error}", code="cannot_write") from error
+    print(out)

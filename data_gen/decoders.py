@@ -213,7 +213,7 @@ def through(net: Callable[[Tensor], Tensor], pixels: Array, stride: int) -> NDAr
     return np.ascontiguousarray(output[0].permute(1, 2, 0).numpy()[:height, :width])
 
 
-def train(data: Path, steps: int, work: Path, path: Path = WEIGHTS) -> None:
+def train(data: Path, steps: int, work: Path, path: Path) -> None:
     """Train every decoder on the untouched real pictures of split `train`, and save finished ones in `work`. Raises
     X2DFDError when there are no such pictures, or when a decoder diverged."""
     from external_detectors.train.loop import licence_of, next_version
@@ -264,7 +264,7 @@ def _fidelity(net: Autoencoder, crops: NDArray[np.uint8]) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
-def save_bank(nets: dict[str, Autoencoder], path: Path = WEIGHTS) -> None:
+def save_bank(nets: dict[str, Autoencoder], path: Path) -> None:
     """All decoders in one 16-bit safetensors file, written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"{n}.{k}": v.half().contiguous() for n, net in nets.items() for k, v in net.state_dict().items()}

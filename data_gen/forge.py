@@ -6,6 +6,7 @@ real photos and forgeries alike (`changed`), so that a model learns "processed" 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import cv2
@@ -48,19 +49,17 @@ def forge(photo: Photo, method: Method, rng: Rng, donor: Photo | None = None, st
         pixels = rounded(output)
         cue_masks = [mask * grown_mask(photo, a) if method.by_area and k != "blending" else mask for a, k in pairs]
         scores = [visible(photo.pixels, pixels, m, k) for m, (_, k) in zip(cue_masks, pairs, strict=True)]
-        threshold = min(SHOWS, max(scores, default=0.0))  # the plainest cue stays
-        cues = tuple(Cue(a, k, round(s, 3)) for s, (a, k) in zip(scores, pairs, strict=True) if s >= threshold)
+        cues = _shown(pairs, scores)
         if strength is not None or not cues or power >= 1 or max(c.score or 0 for c in cues) >= SEEN_FROM:
             break
         power = min(1.0, power + 0.35)
-    return Forgery(
-        pixels=pixels,
-        mask=rounded(mask * 255),
-        cues=cues,
-        method=method.name,
-        df_class=method.df_class,
-        strength=round(power, 3),
-    )
+    return Forgery(pixels, rounded(mask * 255), cues, method.name, method.df_class, round(power, 3))
+
+
+def _shown(pairs: Sequence[tuple[str, str]], scores: Sequence[float]) -> tuple[Cue, ...]:
+    """The cues (area, artifact) that show; the plainest stays in any case."""
+    threshold = min(SHOWS, max(scores, default=0.0))
+    return tuple(Cue(*pair, round(s, 3)) for pair, s in zip(pairs, scores, strict=True) if s >= threshold)
 
 
 def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, ...]:
@@ -71,8 +70,7 @@ def joined_cues(before: Pixels, first: Forgery, second: Forgery) -> tuple[Cue, .
     for cue in second.cues:
         pair = (cue.area, cue.artifact)
         scores[pair] = max(scores.get(pair, 0.0), cue.score or 0.0)
-    threshold = min(SHOWS, max(scores.values(), default=0.0))
-    return tuple(Cue(area, artifact, round(s, 3)) for (area, artifact), s in scores.items() if s >= threshold)
+    return _shown(list(scores), list(scores.values()))
 
 
 def changed(photo: Photo, forgery: Forgery, method: Method, rng: Rng) -> Forgery:
@@ -92,15 +90,10 @@ def changed(photo: Photo, forgery: Forgery, method: Method, rng: Rng) -> Forgery
     for cue in forgery.cues:
         score = visible(photo.pixels, forgery.pixels, mask, cue.artifact)
         scores.append(min(1.0, (cue.score or 0.0) * visible(before, after, mask, cue.artifact) / max(score, 1e-6)))
-    threshold = min(SHOWS, max(scores, default=0.0))
     equal = (before == after).all(-1).astype(np.uint8)  # pixels agree here and there by chance: only patches count
     covered = cv2.morphologyEx(equal, cv2.MORPH_OPEN, np.ones((5, 5), np.uint8)) > 0
     remaining = np.where(covered, 0, forgery.mask).astype(np.uint8)
     if forgery.mask.any() and remaining.max() < 0.5 * forgery.mask.max():
         return forgery
-    return replace(
-        forgery,
-        pixels=after,
-        mask=remaining,
-        cues=tuple(replace(c, score=round(s, 3)) for c, s in zip(forgery.cues, scores, strict=True) if s >= threshold),
-    )
+    cues = _shown([(c.area, c.artifact) for c in forgery.cues], scores)
+    return replace(forgery, pixels=after, mask=remaining, cues=cues)

@@ -127,6 +127,22 @@ def near_pairs(
     edges = np.linspace(0, 64, near + 2).round().astype(int)
     masks = [np.uint64(((1 << int(b - a)) - 1) << int(a)) for a, b in itertools.pairwise(edges)]
     result = Near()
+
+    def compare(left: NDArray[np.intp], right: NDArray[np.intp], earlier_masks: Sequence[np.uint64]) -> None:
+        close = np.bitwise_count(coarse[left, None] ^ coarse[None, right]) <= near  # [left, right]
+        i, j = np.nonzero(close)
+        i, j = left[i], right[j]
+        bits = np.bitwise_count(fine[i] ^ fine[j]).sum(axis=1, dtype=int)
+        confirmed = bits <= 4 * near
+        for mask in earlier_masks:  # a pair that agrees in an earlier band has been counted there
+            confirmed &= ((coarse[i] ^ coarse[j]) & mask) != 0
+        i, j, bits = i[confirmed], j[confirmed], bits[confirmed]
+        result.pairs += len(i)
+        result.items.update(i.tolist(), j.tolist())
+        best = np.argsort(bits, kind="stable")[:keep]
+        result.closest += zip(bits[best].tolist(), i[best].tolist(), j[best].tolist(), strict=True)
+        result.closest = sorted(result.closest)[:keep]
+
     for number, mask in enumerate(masks):
         key = coarse & mask
         order = np.argsort(key, kind="stable")
@@ -137,33 +153,8 @@ def near_pairs(
                 left, right = bucket[side[bucket] == side_a], bucket[side[bucket] == side_b]
                 step = max(1, 4_000_000 // len(right))  # bounds the memory of a crowded bucket
                 for start in range(0, len(left), step):
-                    _compare(result, coarse, fine, left[start : start + step], right, masks[:number], near, keep)
+                    compare(left[start : start + step], right, masks[:number])
     return result
-
-
-def _compare(
-    result: Near,
-    coarse: NDArray[np.uint64],
-    fine: NDArray[np.uint64],
-    left: NDArray[np.intp],
-    right: NDArray[np.intp],
-    earlier_masks: Sequence[np.uint64],
-    near: int,
-    keep: int,
-) -> None:
-    close = np.bitwise_count(coarse[left, None] ^ coarse[None, right]) <= near  # [left, right]
-    i, j = np.nonzero(close)
-    i, j = left[i], right[j]
-    bits = np.bitwise_count(fine[i] ^ fine[j]).sum(axis=1, dtype=int)
-    confirmed = bits <= 4 * near
-    for mask in earlier_masks:  # a pair that agrees in an earlier band has been counted there
-        confirmed &= ((coarse[i] ^ coarse[j]) & mask) != 0
-    i, j, bits = i[confirmed], j[confirmed], bits[confirmed]
-    result.pairs += len(i)
-    result.items.update(i.tolist(), j.tolist())
-    best = np.argsort(bits, kind="stable")[:keep]
-    result.closest += zip(bits[best].tolist(), i[best].tolist(), j[best].tolist(), strict=True)
-    result.closest = sorted(result.closest)[:keep]
 
 
 def form_leaks(samples: Sequence[Sample], facts: Sequence[FileFacts]) -> list[Json]:
@@ -244,16 +235,16 @@ def find_leaks(manifests: Sequence[Path], *, workers: int = 1, near: int = NEAR)
     def describe(indices: Iterable[int]) -> list[str]:
         return [f"{samples[i].id} ({samples[i].label}, {side_names[i]})" for i in indices]
 
+    def listed(found: Sequence[list[int]]) -> Json:
+        return {"n": len(found), "examples": [describe(group[:4]) for group in found[:_EXAMPLES]]}
+
     groups = _shared_groups(samples, side_names)
     return {
         "manifests": [str(f) for f in manifests],
         "sides": {name: side_names.count(name) for name in sides},
         "groups": {"n": len(groups), "examples": dict(sorted(groups.items())[:_EXAMPLES])},
-        "identical": {"n": len(identical), "examples": [describe(group[:4]) for group in identical[:_EXAMPLES]]},
-        "identical_with_two_labels": {
-            "n": len(two_labels),
-            "examples": [describe(group[:4]) for group in two_labels[:_EXAMPLES]],
-        },
+        "identical": listed(identical),
+        "identical_with_two_labels": listed(two_labels),
         "near": {
             "pairs": copies.pairs,
             "files": len(copies.items),
@@ -314,28 +305,24 @@ def as_text(report: Json) -> str:
     return "\n".join(lines)
 
 
-_EPILOG = """Examples:\n
+EPILOG = """Examples:\n
   python -m data_gen leaks set.jsonl --workers 2\n
   python -m data_gen leaks train.jsonl celeb-df.jsonl --json --check
 """
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Register `leaks` on the room's command."""
+def command(
+    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST...")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    check: Annotated[bool, typer.Option("--check", help="exit code 1 for groups or files on two sides")] = False,
+    near: Annotated[int, typer.Option(help="bits of 64 by which near-duplicates may differ")] = NEAR,
+    workers: Annotated[int, typer.Option(help="processes")] = 1,
+) -> None:
+    """Find data on two sides of a split, and traits that give the label away.
 
-    @app.command(epilog=_EPILOG)
-    def leaks(
-        manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST...")],
-        as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
-        check: Annotated[bool, typer.Option("--check", help="exit code 1 for groups or files on two sides")] = False,
-        near: Annotated[int, typer.Option(help="bits of 64 by which near-duplicates may differ")] = NEAR,
-        workers: Annotated[int, typer.Option(help="processes")] = 1,
-    ) -> None:
-        """Find data on two sides of a split, and traits that give the label away.
-
-        Exit code 0 means that it ran; with --check, 1 means that groups or identical files are on two sides.
-        """
-        report = find_leaks(manifests, workers=workers, near=near)
-        print(json.dumps(report, ensure_ascii=False, indent=1) if as_json else as_text(report))
-        if check and report["leaks"]:
-            raise typer.Exit(1)
+    Exit code 0 means that it ran; with --check, 1 means that groups or identical files are on two sides.
+    """
+    report = find_leaks(manifests, workers=workers, near=near)
+    print(json.dumps(report, ensure_ascii=False, indent=1) if as_json else as_text(report))
+    if check and report["leaks"]:
+        raise typer.Exit(1)

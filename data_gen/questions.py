@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -86,21 +86,16 @@ def read_published(path: Path) -> list[CueQuestion]:
         raise X2DFDError(f"{path}: not a list of questions ({error!r:.200})", code="questions_malformed") from error
     if not texts or not all(isinstance(t, str) and t.strip() for t in texts):
         raise X2DFDError(f"{path}: a list of questions must hold texts, and one at least", code="questions_malformed")
+    unique: dict[str, str] = {}  # of the same words in the same order, the first spelling stays
+    for text in (" ".join(t.split()) for t in texts):
+        unique.setdefault(_words(text), text)
     questions = []
-    for text in _unique(" ".join(t.split()) for t in texts):
+    for text in unique.values():
         cue = next(iter(read_cues(text.removesuffix(CUE_ENDING))), None)
         questions.append(
             CueQuestion(text, cue.area if cue else None, cue.artifact if cue else None, f"published:{path.name}")
         )
     return sorted(questions, key=lambda q: q.area is None)
-
-
-def _unique(texts: Iterable[str]) -> list[str]:
-    """The texts without repetitions of the same words in the same order; the first spelling stays."""
-    kept: dict[str, str] = {}
-    for text in texts:
-        kept.setdefault(_words(text), text)
-    return list(kept.values())
 
 
 def _words(text: str) -> str:
@@ -118,19 +113,7 @@ Rules:
 - Each question ends with "{ending}"
 - No question of this list again: {known}
 Answer with JSON only: {{"questions": [{{"question": "...", "area": "...", "artifact": "..."}}]}}"""
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Questions that a model wrote, with everything needed to reproduce them."""
-
-    questions: list[CueQuestion]
-    model: str
-    prompt: str  # the template; the vocabulary and the questions so far are filled in
-    rejected: list[dict[str, str]]  # {"question", "reason"} of each rejected one
-
-    def provenance(self) -> Json:
-        return {"model": self.model, "prompt": self.prompt, "rejected": self.rejected}
+_BATCH = 25  # questions asked for in one request, at most
 
 
 def fault(text: str, area: str, artifact: str) -> str | None:
@@ -149,28 +132,22 @@ def fault(text: str, area: str, artifact: str) -> str | None:
 
 
 def generate(
-    client: openai.OpenAI,
-    model: str,
-    n: int,
-    *,
-    known: Sequence[CueQuestion] = (),
-    seed: int = 0,
-    batch: int = 25,
-    rounds: int | None = None,
-) -> Generated:
-    """Ask a model for `n` questions that `known` does not hold, through an OpenAI-compatible client.
+    client: openai.OpenAI, model: str, n: int, *, known: Sequence[CueQuestion] = (), seed: int = 0
+) -> tuple[list[CueQuestion], Json]:
+    """Ask a model for `n` questions that `known` does not hold, through an OpenAI-compatible client. Returns them with
+    their provenance: the model, the template of the prompt, and the rejected ones with reasons.
 
-    Questions that `fault` rejects and repetitions are recorded and replaced, in at most `rounds` requests (default:
-    twice as many as would do if all were good). Raises X2DFDError when there are too few by then.
+    Questions that `fault` rejects and repetitions are replaced, in at most twice as many requests as would do if all
+    were good. Raises X2DFDError when there are too few by then.
     """
     accepted: list[CueQuestion] = []
     rejected: list[dict[str, str]] = []
     seen = {_words(q.text) for q in known}
-    for turn in range(rounds if rounds is not None else 2 * -(-n // batch)):
+    for turn in range(2 * -(-n // _BATCH)):
         if len(accepted) >= n:
             break
         prompt = PROMPT.format(
-            count=min(batch, n - len(accepted)),
+            count=min(_BATCH, n - len(accepted)),
             areas=", ".join(AREAS),
             artifacts=", ".join(ARTIFACTS),
             ending=CUE_ENDING,
@@ -197,7 +174,7 @@ def generate(
             f"{model} wrote {len(accepted)} of {n} questions that can be used (last rejected: {reasons or 'none'})",
             code="generation_short",
         )
-    return Generated(accepted, model, PROMPT, rejected)
+    return accepted, {"model": model, "prompt": PROMPT, "rejected": rejected}
 
 
 def _entries(content: str, rejected: list[dict[str, str]]) -> list[Json]:
@@ -223,48 +200,42 @@ def connect(base_url: str) -> openai.OpenAI:
         raise SetupError(f"{error}\nset the endpoint's key: export OPENAI_API_KEY=...", code="key_missing") from error
 
 
-_EPILOG = """Examples:\n
+EPILOG = """Examples:\n
   python -m data_gen questions --out questions.json --unrelated 30\n
   python -m data_gen questions --out q136.json --only 120 --cues-of forged/manifest.jsonl --unrelated 16\n
   python -m data_gen questions --out theirs.json --published released_questions.json
 """
 
 
-def add_commands(app: typer.Typer) -> None:
-    """Register `questions` on the room's command."""
-
-    @app.command(epilog=_EPILOG)
-    def questions(
-        out: Annotated[Path, typer.Option(help="JSON file to write")],
-        published: Annotated[
-            Path | None, typer.Option(help="read this published list instead of the shipped questions")
-        ] = None,
-        unrelated: Annotated[int, typer.Option(min=0, help="add this many unrelated control questions")] = 0,
-        count: Annotated[int, typer.Option("--generate", min=0, help="add this many questions written by --model")] = 0,
-        model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
-        only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
-        cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
-        seed: Annotated[int, typer.Option(min=0, help="chooses the questions to keep and the unrelated ones")] = 0,
-    ) -> None:
-        """Write yes/no cue questions: the shipped ones, a published list, or new ones of a model."""
-        chosen = read_published(published) if published else cue_questions()
-        provenance: Json = {}
-        if count:
-            spec = ModelSpec.parse(model)
-            if spec.name is None or spec.url is None or spec.adapter is not None:
-                raise X2DFDError("--generate needs --model NAME@http://HOST/v1", code="option_missing")
-            generated = generate(connect(spec.url), spec.name, count, known=chosen, seed=seed)
-            chosen, provenance = chosen + generated.questions, generated.provenance()
-        if only is not None:
-            first = (
-                {(c.area, c.artifact) for sample in read_manifest(cues_of) for c in sample.cues} if cues_of else set()
-            )
-            chosen = some(chosen, only, first, np.random.default_rng(seed))
-        chosen = chosen + random_questions(unrelated, np.random.default_rng(seed))
-        write_questions(out, chosen, provenance)
-        cues = {(q.area, q.artifact) for q in chosen if q.area}
-        without_cue = sum(q.area is None and q.origin != "random" for q in chosen)
-        print(
-            f"{out}: {len(chosen)} questions on {len(cues)} cues"
-            + (f", {without_cue} without a readable cue" if without_cue else "")
-        )
+def command(
+    out: Annotated[Path, typer.Option(help="JSON file to write")],
+    published: Annotated[
+        Path | None, typer.Option(help="read this published list instead of the shipped questions")
+    ] = None,
+    unrelated: Annotated[int, typer.Option(min=0, help="add this many unrelated control questions")] = 0,
+    count: Annotated[int, typer.Option("--generate", min=0, help="add this many questions written by --model")] = 0,
+    model: Annotated[str, typer.Option(metavar="NAME@URL", help="a model of an OpenAI-compatible endpoint")] = "",
+    only: Annotated[int | None, typer.Option(min=1, help="keep this many, before unrelated ones are added")] = None,
+    cues_of: Annotated[Path | None, typer.Option(help="with --only: the cues of this manifest first")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="chooses the questions to keep and the unrelated ones")] = 0,
+) -> None:
+    """Write yes/no cue questions: the shipped ones, a published list, or new ones of a model."""
+    chosen = read_published(published) if published else cue_questions()
+    provenance: Json = {}
+    if count:
+        spec = ModelSpec.parse(model)
+        if spec.name is None or spec.url is None or spec.adapter is not None:
+            raise X2DFDError("--generate needs --model NAME@http://HOST/v1", code="option_missing")
+        generated, provenance = generate(connect(spec.url), spec.name, count, known=chosen, seed=seed)
+        chosen = chosen + generated
+    if only is not None:
+        first = {(c.area, c.artifact) for sample in read_manifest(cues_of) for c in sample.cues} if cues_of else set()
+        chosen = some(chosen, only, first, np.random.default_rng(seed))
+    chosen = chosen + random_questions(unrelated, np.random.default_rng(seed))
+    write_questions(out, chosen, provenance)
+    cues = {(q.area, q.artifact) for q in chosen if q.area}
+    without_cue = sum(q.area is None and q.origin != "random" for q in chosen)
+    print(
+        f"{out}: {len(chosen)} questions on {len(cues)} cues"
+        + (f", {without_cue} without a readable cue" if without_cue else "")
+    )

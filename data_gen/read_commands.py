@@ -49,12 +49,9 @@ _EPILOG = """Examples:\n
   python -m data_gen read deepfakebench Celeb-DF-v2.json --root datasets/ --only test --frames 32 --out celeb.jsonl
 """
 
-kinds = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-def add_commands(app: typer.Typer) -> None:
-    """Register `read` and its kinds on the room's command."""
-    app.add_typer(kinds, name="read", epilog=_EPILOG, help="Turn what is on disk into a manifest.")
+kinds = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, epilog=_EPILOG, help="Turn what is on disk into a manifest."
+)
 
 
 def _write(

@@ -173,8 +173,7 @@ def _item(source: _Source, out: Path, index: int) -> Json:
     if draw < config.ready_made:
         split = source.draw_split("fake", rng)
         sample, photo = _draw_photo(source, "fake", split, rng)
-        row |= {"label": "fake", "method": sample.method, "df_class": sample.df_class}
-        forgery = untouched(photo, sample.method, "EFS", 1.0)
+        forgery = untouched(photo, sample.method, sample.df_class, 1.0)
     else:
         split = source.draw_split("real", rng)
         sample, photo = _draw_photo(source, "real", split, rng)
@@ -183,8 +182,8 @@ def _item(source: _Source, out: Path, index: int) -> Json:
             method = _ALL[str(rng.choice(config.methods))]
             donor = None
             if method.needs_donor:
-                donor_sample, donor = _donor(source, split, sample, photo, rng)
-                row |= {"donor": donor_sample.group}
+                donor = _donor(source, split, sample, photo, rng)
+                row["donor"] = donor.group
             elif method.same_group:
                 donor = _sibling(source, split, sample, rng)
             forgery = forge(photo, method, rng, donor)
@@ -201,11 +200,8 @@ def _item(source: _Source, out: Path, index: int) -> Json:
                 )
         else:
             forgery = untouched(photo)
-        row |= {
-            "label": "real" if forgery.df_class == "real" else "fake",
-            "method": forgery.method,
-            "df_class": forgery.df_class,
-        }
+    row["label"] = "real" if forgery.df_class == "real" else "fake"
+    row |= {"method": forgery.method, "df_class": forgery.df_class}
     # The same odds for every label: a model would learn a change that only real photos had as their mark.
     change = HARMLESS[str(rng.choice(list(HARMLESS)))] if rng.random() < config.harmless else None
     if config.video and rng.random() < config.video:
@@ -213,18 +209,17 @@ def _item(source: _Source, out: Path, index: int) -> Json:
     if change:
         previous = forgery
         forgery = forge(photo, change, rng) if row["label"] == "real" else changed(photo, forgery, change, rng)
-        if row["label"] == "real":
-            row |= {"method": forgery.method}
+        row["method"] = forgery.method
         if forgery is not previous:  # a change that would cover the whole forgery is not made
-            row |= {"harmless": change.name}
+            row["harmless"] = change.name
     if forgery.mask.any():
         mask = file.with_suffix(".mask.png")
         if not cv2.imwrite(str(mask), forgery.mask):
             raise X2DFDError(f"could not write {mask}", code="cannot_write")
-        row |= {"mask": str(Path(row["path"]).with_suffix(".mask.png"))}
-    row |= {"cues": [asdict(c) for c in forgery.cues]}
+        row["mask"] = str(Path(row["path"]).with_suffix(".mask.png"))
+    row["cues"] = [asdict(c) for c in forgery.cues]
     if forgery.cues:
-        row |= {"shows": shows(max(c.score or 0.0 for c in forgery.cues))}
+        row["shows"] = shows(max(c.score or 0.0 for c in forgery.cues))
     row |= {"source": sample.source, "group": sample.group, "split": split, "strength": forgery.strength}
     if sample.extra.get("licence"):
         row["licence"] = sample.extra["licence"]  # the photo's licence holds for pictures made from it too
@@ -241,20 +236,18 @@ _DONORS = 4  # candidates that are compared by pose
 _POSE_FITS = 0.06  # near enough to stop looking
 
 
-def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.random.Generator) -> tuple[Sample, Photo]:
+def _donor(source: _Source, split: str, target: Sample, face: Photo, rng: np.random.Generator) -> Photo:
     """Another person's photo of the same split: of a few candidates, the one with the most similar head pose. A photo
     of another source becomes a candidate half of the times it is drawn."""
-    candidates: list[tuple[float, Sample, Photo]] = []
+    candidates: list[tuple[float, Photo]] = []
     for _ in range(_TRIES):
         sample, photo = _draw_photo(source, "real", split, rng)
         if sample.group != target.group and (sample.source == target.source or rng.random() < 0.5):
-            candidates.append((float(np.abs(pose(photo) - pose(face)).max()), sample, photo))
+            candidates.append((float(np.abs(pose(photo) - pose(face)).max()), photo))
             if candidates[-1][0] < _POSE_FITS or len(candidates) == _DONORS:
                 break
-    if not candidates:
-        return sample, photo  # a set of one person: the last photo drawn is the donor
-    _, sample, photo = min(candidates, key=lambda f: f[0])
-    return sample, photo
+    # In a set of one person, the last photo drawn is the donor.
+    return min(candidates, key=lambda f: f[0])[1] if candidates else photo
 
 
 def _sibling(source: _Source, split: str, target: Sample, rng: np.random.Generator) -> Photo | None:

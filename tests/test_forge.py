@@ -71,6 +71,13 @@ def made(photo: Photo, donor: Photo) -> Made:
     }
 
 
+def _several(
+    photo: Photo, name: str, key: int, n: int, donor: Photo | None = None, strength: float | None = None
+) -> list[Forgery]:
+    """`n` forgeries of one method, each of its own generator state."""
+    return [forge(photo, METHODS[name], np.random.default_rng([key, s]), donor, strength) for s in range(n)]
+
+
 def _face_size(photo: Photo) -> float:
     return float(np.sqrt(np.prod(np.ptp(photo.landmarks, 0))))
 
@@ -184,20 +191,18 @@ def test_a_cues_score_is_what_shows_and_a_swap_brings_the_donors_face(photo: Pho
     blurred = replace(photo, pixels=np.asarray(cv2.GaussianBlur(photo.pixels, (0, 0), 8), np.uint8))
     scores: dict[str, list[float]] = {}
     for name, who in (("sharp", photo), ("blurred", blurred)):
-        made = [forge(who, METHODS["blur_mismatch"], np.random.default_rng([8, s]), strength=1.0) for s in range(8)]
-        scores[name] = [c.score or 0.0 for f in made for c in f.cues]
+        scores[name] = [c.score or 0.0 for f in _several(who, "blur_mismatch", 8, 8, strength=1.0) for c in f.cues]
     assert np.median(scores["sharp"]) > 2 * np.median(scores["blurred"])
     for name in ("noise_mismatch", "relight", "smooth_skin", "resynthesise"):
         weak, strong = (
-            np.median([forge(photo, METHODS[name], np.random.default_rng([8, s]), strength=t).cues[0].score or 0
-                       for s in range(8)])
-            for t in (0.1, 0.9)
-        )  # fmt: skip
+            np.median([f.cues[0].score or 0 for f in _several(photo, name, 8, 8, strength=t)]) for t in (0.1, 0.9)
+        )
         assert strong > 1.2 * weak, name
-    clean = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), photo, 1.0) for s in range(6)]
-    other = [forge(photo, METHODS["swap"], np.random.default_rng([4, s]), donor, 1.0) for s in range(6)]
-    changes = [np.mean([_change(f, photo)[f.mask > 128].mean() for f in forged]) for forged in (clean, other)]
-    assert changes[1] > 1.5 * changes[0]
+    own, others = (
+        np.mean([_change(f, photo)[f.mask > 128].mean() for f in _several(photo, "swap", 4, 6, who, 1.0)])
+        for who in (photo, donor)
+    )
+    assert others > 1.5 * own
 
 
 def test_a_cue_is_measured_by_its_own_effect_and_can_be_seen(photo: Photo) -> None:
@@ -224,11 +229,10 @@ def test_a_cue_is_measured_by_its_own_effect_and_can_be_seen(photo: Photo) -> No
     outside = np.where(mask[..., None] > 0.5, sharp, soft(sharp, 2.5)).round().astype(np.uint8)
     assert visible(photo.pixels, outside, mask, "blur") > 0.3
     flat = replace(photo, pixels=np.full_like(photo.pixels, 120))  # a blur of nothing
-    made = [forge(flat, METHODS["blur_mismatch"], np.random.default_rng([2, s])) for s in range(6)]
-    assert all(f.strength == 1 and f.cues[0].score == 0 for f in made)
+    assert all(f.strength == 1 and f.cues[0].score == 0 for f in _several(flat, "blur_mismatch", 2, 6))
     asked = [float(np.random.default_rng([2, s]).uniform(0, 1)) for s in range(6)]
-    seen = [forge(photo, METHODS["noise_mismatch"], np.random.default_rng([2, s])) for s in range(6)]
-    assert [f.strength for f in seen] == [round(a, 3) for a in asked]  # what shows at once stays as it was drawn
+    seen = [f.strength for f in _several(photo, "noise_mismatch", 2, 6)]
+    assert seen == [round(a, 3) for a in asked]  # what shows at once stays as it was drawn
 
 
 def test_donors_are_chosen_by_pose(photo: Photo) -> None:
@@ -285,9 +289,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if i % 5 > 2 and i != 13:
             row |= {"label": "fake", "method": "stylegan", "df_class": "EFS"}
         rows.append(row)
-    manifest = folder / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return manifest
+    return _write_rows(folder / "manifest.jsonl", rows)
 
 
 @pytest.fixture
@@ -295,12 +297,28 @@ def config(photos: Path) -> ForgeConfig:
     return ForgeConfig(data=str(photos), count=20, seed=7, side=160, combine=0.2, ready_made=0.1, calib=0.4)
 
 
+@pytest.fixture
+def all_forged(config: ForgeConfig) -> ForgeConfig:
+    """Settings by which every picture is one forgery of a photo."""
+    return replace(config, forged=1.0, ready_made=0, combine=0)
+
+
 def _files(out: Path) -> dict[str, str]:
     return {p.relative_to(out).as_posix(): file_sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
 
 
-def _rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "manifest.jsonl").read_text("utf-8").splitlines()]
+def _rows(manifest: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in manifest.read_text("utf-8").splitlines()]
+
+
+def _write_rows(manifest: Path, rows: list[dict[str, Any]]) -> Path:
+    manifest.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return manifest
+
+
+def _forged(config: ForgeConfig, out: Path, workers: int = 1, **changes: Any) -> list[dict[str, Any]]:
+    """The rows of a run with these settings changed."""
+    return _rows(run(replace(config, **changes), out, workers))
 
 
 @pytest.mark.slow
@@ -361,14 +379,12 @@ def test_a_finished_run_is_returned_and_another_one_refused(
     assert _files(tmp_path / "out") == before
 
 
-def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: Path) -> None:
+def test_rows_say_what_is_on_disk(config: ForgeConfig, all_forged: ForgeConfig, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: a mask of another size than its picture, a hash of other bytes, a label that the cues belie; a
     data card that cannot say under what licence its pictures stand."""
-    out = tmp_path / "out"
-    samples = read_manifest(run(replace(config, count=40, ready_made=0.2), out))
-    chosen = replace(config, forged=1.0, ready_made=0, combine=0, splits=("test",), methods=("relight",), count=6)
-    run(chosen, tmp_path / "chosen")
-    assert {(r["split"], r["method"]) for r in _rows(tmp_path / "chosen")} == {("test", "relight")}
+    samples = read_manifest(run(replace(config, count=40, ready_made=0.2), tmp_path / "out"))
+    chosen = _forged(all_forged, tmp_path / "chosen", splits=("test",), methods=("relight",), count=6)
+    assert {(r["split"], r["method"]) for r in chosen} == {("test", "relight")}
     assert len(samples) == len({s.id for s in samples}) == 40
     kinds = {"real": 0, "forged": 0, "ready": 0}
     originals = {s.group: s for s in read_manifest(photos)}
@@ -396,10 +412,9 @@ def test_rows_say_what_is_on_disk(config: ForgeConfig, photos: Path, tmp_path: P
     keys = ("label", "method", "df_class", "source", "group", "split")
     rows = [{"path": str(s.path), **{k: getattr(s, k) for k in keys}} for s in read_manifest(config.data)]
     write_manifest(tmp_path / "m.jsonl", [row | {"licence": "CC0"} for row in rows])
-    run(replace(config, data=str(tmp_path / "m.jsonl"), count=3), tmp_path / "with")
-    run(replace(config, count=3), tmp_path / "without")
-    assert [row.get("licence") for row in _rows(tmp_path / "with")] == ["CC0"] * 3
-    assert [row.get("licence") for row in _rows(tmp_path / "without")] == [None] * 3
+    for data, licence in ((str(tmp_path / "m.jsonl"), "CC0"), (config.data, None)):
+        rows = _forged(config, tmp_path / str(licence), data=data, count=3)
+        assert [row.get("licence") for row in rows] == [licence] * 3
 
 
 @pytest.mark.slow
@@ -456,18 +471,15 @@ def test_under_a_harmless_change_the_truth_is_what_still_shows(photo: Photo) -> 
 
 
 @pytest.mark.slow
-def test_the_forge_draws_with_the_decoders_it_is_given(
-    config: ForgeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_forge_draws_with_the_decoders_it_is_given(all_forged: ForgeConfig, tmp_path: Path) -> None:
     """Bug prevented: `data_gen decoders --out FILE` writes what the forge never looks at."""
     own = tmp_path / "own.safetensors"
     decoders.save_bank({d.name: decoders.Autoencoder(d) for d in decoders.DESIGNS}, own)
-    config = replace(config, count=2, forged=1.0, ready_made=0, combine=0, methods=("redraw",))
-    run(config, tmp_path / "a")
-    run(replace(config, decoders=str(own)), tmp_path / "b")
-    run(replace(config, decoders=str(own)), tmp_path / "c", workers=2)
-    run(config, tmp_path / "d")
-    a, b, c, d = ([r["sha256"] for r in _rows(tmp_path / name)] for name in "abcd")
+    config = replace(all_forged, count=2, methods=("redraw",))
+    a, b, c, d = (
+        [r["sha256"] for r in _forged(config, tmp_path / name, workers, decoders=file)]
+        for name, workers, file in (("a", 1, None), ("b", 1, str(own)), ("c", 2, str(own)), ("d", 1, None))
+    )
     assert b == c and a == d and not set(a) & set(b)
     assert json.loads((tmp_path / "b" / "forge.json").read_text())["decoders"] == file_sha256(own)
     with raises("settings_differ", tmp_path / "b"):
@@ -483,14 +495,11 @@ def test_the_forge_draws_with_the_decoders_it_is_given(
 
 
 @pytest.mark.slow
-def test_splits_never_share_a_group_or_a_donor(config: ForgeConfig, photos: Path, tmp_path: Path) -> None:
+def test_splits_never_share_a_group_or_a_donor(all_forged: ForgeConfig, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: a test identity that was seen in training, as a photo or as the face that was pasted in."""
-    split_by_group = {s.group: split_of(s, config.calib) for s in read_manifest(photos)}
+    split_by_group = {s.group: split_of(s, all_forged.calib) for s in read_manifest(photos)}
     assert set(split_by_group.values()) == {"train", "calib", "test"}
-    run(
-        replace(config, count=60, forged=1.0, ready_made=0, methods=("swap", "transplant"), combine=0), tmp_path / "out"
-    )
-    rows = _rows(tmp_path / "out")
+    rows = _forged(all_forged, tmp_path / "out", count=60, methods=("swap", "transplant"))
     assert len(rows) == 60 and {r["split"] for r in rows} == {"train", "calib", "test"}
     assert all(r["split"] == split_by_group[r["group"]] == split_by_group[r["donor"]] for r in rows)
     assert all(r["group"] != r["donor"] for r in rows)
@@ -512,11 +521,11 @@ def test_settings_that_cannot_work_are_refused_first(
     config: ForgeConfig, photos: Path, tmp_path: Path, changes: dict[str, Any], code: str, fact: object
 ) -> None:
     """Bug prevented: a typo found after an hour, shares silently shifted, a traceback out of a worker process."""
-    rows = [json.loads(line) for line in photos.read_text("utf-8").splitlines()]
+    rows = _rows(photos)
     rows[0] |= {"group": rows[12]["group"], "split": ""}
-    photos.with_name("leak.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    leak = _write_rows(photos.with_name("leak.jsonl"), rows)
     if "data" in changes:
-        changes = changes | {"data": str(photos.with_name("leak.jsonl"))}
+        changes = changes | {"data": str(leak)}
     with raises(code, fact):
         run(replace(config, **changes), tmp_path / "out", workers=2)
     assert not (tmp_path / "out").exists()
@@ -534,7 +543,7 @@ def test_the_command_prints_its_manifest_or_one_line(photos: Path, tmp_path: Pat
     told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if text is None:
         assert told.returncode == 0 and [Path(told.stdout.strip())] == [tmp_path / "o" / "manifest.jsonl"], told.stderr
-        assert [r["method"] for r in _rows(tmp_path / "o")] == ["relight"] * 2
+        assert [r["method"] for r in _rows(tmp_path / "o" / "manifest.jsonl")] == ["relight"] * 2
     else:
         assert told.returncode == 1 and told.stdout == ""
         assert len(told.stderr.strip().splitlines()) == 1 and told.stderr.startswith("error [")
@@ -579,14 +588,12 @@ def test_a_mouth_needs_no_donor_and_changes_nothing_else(photo: Photo, donor: Ph
 
 
 def test_a_mouth_comes_from_another_frame_of_the_clip(
-    config: ForgeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    all_forged: ForgeConfig, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bug prevented: a mouth of another person, or of the very same frame, where the clip has others."""
-    rows = [json.loads(line) for line in photos.read_text("utf-8").splitlines()]
-    reals = [r for r in rows if r["label"] == "real" and r.get("split") != "test"][:4]
+    reals = [r for r in _rows(photos) if r["label"] == "real" and r.get("split") != "test"][:4]
     clip = [r | {"group": "clip", "source": "s", "split": "train"} for r in reals]
-    data = photos.with_name("clip.jsonl")
-    data.write_text("".join(json.dumps(r) + "\n" for r in clip), encoding="utf-8")
+    data = _write_rows(photos.with_name("clip.jsonl"), clip)
     given: list[tuple[Photo, Photo | None]] = []
 
     def noted(photo: Photo, method: Method, rng: Any, donor: Photo | None = None) -> Forgery:
@@ -594,12 +601,12 @@ def test_a_mouth_comes_from_another_frame_of_the_clip(
         return forge(photo, method, rng, donor)
 
     monkeypatch.setattr(run_forge, "forge", noted)
-    mouths = replace(config, data=str(data), count=6, forged=1.0, ready_made=0, combine=0, calib=0, harmless=0)
-    run(replace(mouths, methods=("mouth",)), tmp_path / "a")
+    mouths = replace(all_forged, data=str(data), count=6, calib=0, harmless=0, methods=("mouth",))
+    run(mouths, tmp_path / "a")
     assert all(d is not None and d.group == p.group and d.pixels is not p.pixels for p, d in given)
-    data.write_text(json.dumps(clip[0]) + "\n", encoding="utf-8")
+    _write_rows(data, clip[:1])
     given.clear()
-    run(replace(mouths, methods=("mouth",)), tmp_path / "b")
+    run(mouths, tmp_path / "b")
     assert given and all(d is None for _, d in given)
 
 
@@ -629,14 +636,12 @@ def test_latent_networks_have_the_published_layout() -> None:
 
 @pytest.mark.slow
 def test_a_redraw_in_a_latent_space_speaks_of_what_shows(
-    config: ForgeConfig, taesd: Path, tmp_path: Path, photo: Photo
+    all_forged: ForgeConfig, taesd: Path, tmp_path: Path, photo: Photo
 ) -> None:
     """Bug prevented: cues where nothing changed; a run that says nothing of the weights it drew with."""
-    config = replace(config, count=2, side=96, forged=1.0, ready_made=0, combine=0, redraw=str(taesd))
-    for out in ("a", "b"):
-        run(replace(config, methods=tuple(LATENT)), tmp_path / out)
-    rows = _rows(tmp_path / "a")
-    assert [r["sha256"] for r in rows] == [r["sha256"] for r in _rows(tmp_path / "b")]
+    config = replace(all_forged, count=2, side=96, redraw=str(taesd), methods=tuple(LATENT))
+    rows, again = (_forged(config, tmp_path / out) for out in "ab")
+    assert [r["sha256"] for r in rows] == [r["sha256"] for r in again]
     assert {(r["method"], r["df_class"]) for r in rows} <= {("latent_redraw", "EFS"), ("latent_face", "FE")}
     assert json.loads((tmp_path / "a" / "forge.json").read_text())["redraw"] == ["taesd"]
     latent.use(taesd)
@@ -672,14 +677,9 @@ def test_weights_to_redraw_with_are_the_pinned_ones(config: ForgeConfig, taesd: 
 def test_video_comes_over_every_label_alike(config: ForgeConfig, tmp_path: Path) -> None:
     """Bug prevented: H.264 that stands on fakes alone and is learnt as their mark, or cues that it has wiped away."""
     config = replace(config, count=40, harmless=0.5, combine=0.0)
-    run(replace(config, video=0.5), tmp_path / "half")
-    rows = _rows(tmp_path / "half")
-    hit = {
-        label: [("video" in r.get("harmless", "")) for r in rows if r["label"] == label] for label in ("real", "fake")
-    }
-    assert all(0.15 < np.mean(v) < 0.85 for v in hit.values())
+    rows = _forged(config, tmp_path / "half", video=0.5)
+    for label in ("real", "fake"):
+        assert 0.15 < np.mean(["video" in r.get("harmless", "") for r in rows if r["label"] == label]) < 0.85, label
     names = {r["harmless"] for r in rows if "harmless" in r}
     assert "video" in names and any(n.endswith("+video") for n in names) and names & set(HARMLESS)
-    run(replace(config, video=0.0), tmp_path / "none")
-    plain = {r["id"]: r for r in _rows(tmp_path / "none")}
-    assert not any("video" in r.get("harmless", "") for r in plain.values())
+    assert not any("video" in r.get("harmless", "") for r in _forged(config, tmp_path / "none", video=0.0))

@@ -152,22 +152,26 @@ BLUR = entry("Are the eyes strangely blurred? Answer Yes or No.", "eyes", "blur"
 )
 def test_what_a_model_writes_is_checked(bad: dict[str, str], reason: str) -> None:
     """Bug prevented: a question whose yes means real, or whose cue is not ours, enters the ranking."""
-    made = generate(Client(json.dumps({"questions": [SEAM, bad, BLUR]})), "m", 2)
-    assert [q.text for q in made.questions] == [SEAM["question"], BLUR["question"]]
-    assert {q.origin for q in made.questions} == {"generated:m"}
-    assert len(made.rejected) == 1 and reason in made.rejected[0]["reason"]
+    made, provenance = generate(Client(json.dumps({"questions": [SEAM, bad, BLUR]})), "m", 2)
+    assert [q.text for q in made] == [SEAM["question"], BLUR["question"]]
+    assert {q.origin for q in made} == {"generated:m"}
+    [rejected] = provenance["rejected"]
+    assert reason in rejected["reason"]
 
 
 def test_generation_asks_again_and_says_how_it_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: one bad reply ends the run, the same question comes again, or fewer than asked for pass as all."""
     known = [CueQuestion(SEAM["question"], "jaw", "blending", "bank")]
     client = Client("Sorry, I cannot.", "```json\n" + json.dumps({"questions": [SEAM, BLUR]}) + "\n```")
-    made = generate(client, "m", 1, known=known, seed=7)
-    assert [q.text for q in made.questions] == [BLUR["question"]]
-    assert [r["reason"] for r in made.rejected] == ["the reply is not the JSON that was asked for", "said before"]
+    made, provenance = generate(client, "m", 1, known=known, seed=7)
+    assert [q.text for q in made] == [BLUR["question"]]
+    assert [r["reason"] for r in provenance["rejected"]] == [
+        "the reply is not the JSON that was asked for",
+        "said before",
+    ]
     assert "seam along the jaw" in client.requests[0]["messages"][0]["content"]
     assert [r["seed"] for r in client.requests] == [7, 8]
-    assert made.provenance()["model"] == "m" and "evidence of forgery" in made.provenance()["prompt"]
+    assert provenance["model"] == "m" and "evidence of forgery" in provenance["prompt"]
     with raises("generation_short", "1 of 3"):
         generate(Client(json.dumps({"questions": [SEAM]}), "{}"), "m", 3)
     monkeypatch.setitem(sys.modules, "openai", None)
