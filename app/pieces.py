@@ -21,7 +21,6 @@ from x2dfd.answer import (
     in_words,
     meaning,
     number,
-    origin,
     percent,
     remarks,
     status,
@@ -42,6 +41,7 @@ from x2dfd.html_report import (
 )
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
+from x2dfd.texts import origin
 from x2dfd.types import FaceReport, Failure, Report, frames_asked
 
 if TYPE_CHECKING:

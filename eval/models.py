@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 import x2dfd
 from x2dfd import prompts
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, Logistic
+from x2dfd.calibration import Calibration, Logistic
 from x2dfd.detector import Detector
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import load_expert
 from x2dfd.loading import crops_through
 from x2dfd.model_spec import LoadOptions, ModelSpec
-from x2dfd.types import KINDS, Evidence, ModelInfo
+from x2dfd.types import KINDS, MLLM, Evidence, ModelInfo
 
 BASELINES = ("majority", "template")
 FUSION = "fusion"

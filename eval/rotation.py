@@ -33,7 +33,7 @@ from eval.bench import as_json, code_state, device
 from eval.scoring import Part
 from eval.tasks.experts import sharpness
 from x2dfd.adapter import EMBEDDED
-from x2dfd.calibration import MLLM, Calibration, logit, logits_of
+from x2dfd.calibration import Calibration, logit, logits_of
 from x2dfd.cli import run_command
 from x2dfd.crops import CropSet, load_crops
 from x2dfd.detector import evidence_of, through_codec, versions
@@ -44,6 +44,7 @@ from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.model_spec import ModelSpec
 from x2dfd.progress import progress
 from x2dfd.run_calibrate import AT_ONCE, HeldOut, held_out_in, plain_face
+from x2dfd.types import MLLM
 
 NEVER_MET, MET, SHARPNESS = "never met", "met", "sharpness"
 """The columns: P(fake) from the held-out experts, from the model's own, the baseline (the smoother, the likelier fake).

@@ -12,10 +12,10 @@ import pytest
 from app import pieces
 from tests.test_html_report import Page, face, page, report
 from x2dfd import html_report
-from x2dfd.answer import clip, decided_by, decoding, meaning, number, place, reason, reconciled
+from x2dfd.answer import bound, clip, decided_by, decoding, estimate, meaning, number, place, reason, reconciled
 from x2dfd.statements import read_statements, source_type
 from x2dfd.terminal import block
-from x2dfd.types import FaceReport, Report, Verdict
+from x2dfd.types import Evidence, FaceReport, Report, Verdict
 
 FAKE, REAL, OPEN = Verdict("fake", 0.93, None, "part"), Verdict("real", 0.04), Verdict("inconclusive", 0.6, "in_band")
 MODEL: dict[str, Any] = {"mode": "calibrated", "band": [0.21, 0.85], "weights": {"tower": 0.8, "blend": 0.0}}
@@ -171,8 +171,51 @@ def test_who_decides_is_named() -> None:
     two = {"experts": {"tower": "1", "probe": "1"}, "weights": {"probe": 1, "tower": 1, "mllm": 0}}
     assert decided_by(two) == "the tower and probe experts"
     assert decided_by({"mode": "paper", "weights": None}) == "the language model"
-    assert meaning(report(model=MODEL)).startswith("To the tower expert, ")
+    assert meaning(report(model=MODEL)).startswith("The tower expert takes this face for ")
     assert meaning(report(model=MODEL, verdict=REAL)).startswith("The tower expert found no sign")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "scores", "said"),
+    [
+        (FAKE, (0.9, 0.2, 0.8), "The tower and contrast experts take this face for one that was changed in its photo"),
+        (FAKE, (0.9, 0.9, 0.2), "The contrast expert leans the other way, with 20 %."),
+        (
+            Verdict("fake", 0.9, None, "whole"),
+            (0.9, 0.8, 0.1),
+            "The tower and probe experts take this face for ",
+        ),
+        (REAL, (0.1, 0.2, 0.7), "The contrast expert leans the other way, with 70 %."),
+        (REAL, (0.1, 0.2, 0.3), "The tower, probe and contrast experts found no sign"),
+        (FAKE, (0.4, 0.9, 0.4), "The tower and contrast experts take this face"),  # together, none of them alone
+    ],
+)
+def test_only_experts_that_said_so_are_named(verdict: Verdict, scores: tuple[float, ...], said: str) -> None:
+    """Bug prevented: an answer put into the mouth of an expert that said the opposite, or does not look for such."""
+    names = ("tower", "probe", "contrast")
+    model = {
+        "mode": "calibrated", "experts": dict.fromkeys(names, "1"), "weights": dict.fromkeys(names, 0.5),
+        "counts_for": {"whole": ["probe", "tower"], "part": ["contrast", "tower"]},
+    }  # fmt: skip
+    evidence = tuple(map(Evidence, names, scores))
+    text = meaning(report(model=model, verdict=verdict, faces=(face(verdict=verdict),), evidence=evidence))
+    assert said in text and ("the other way" in text) == ("the other way" in said)
+
+
+def test_an_answer_never_seems_to_lie_in_the_range_without_one() -> None:
+    """Bug prevented: "Likely fake 78 %" beside "between 17 % and 78 % no answer is given"."""
+    shown = [estimate(Verdict("fake", 0.7816)), estimate(Verdict("real", 0.1651)), bound(0.1652), bound(0.8)]
+    assert shown == ["79 %", "16 %", "16.5 %", "80 %"]
+    assert [estimate(Verdict("fake", p)) for p in (0.85, 0.999)] == ["85 %", "> 99 %"]
+    assert estimate(Verdict("real", 0.003)) == "< 1 %" and estimate(Verdict("inconclusive", 0.166)) == "17 %"
+
+
+def test_likely_real_says_how_many_forgeries_look_like_it() -> None:
+    """Bug prevented: 4 % in large letters, and 12 % of validated pictures with such a score in a folded section."""
+    one = report(model=MODEL, verdict=REAL, likelihood_ratio={"value": 0.25})
+    assert "20 % of the pictures with such a score were forged" in meaning(one)
+    assert "validation" not in meaning(replace(one, likelihood_ratio={"value": None, "reason": "a clip"}))
+    assert "validation" not in meaning(replace(one, verdict=FAKE))
 
 
 def test_no_answer_says_where_the_score_lies() -> None:

@@ -25,7 +25,6 @@ from tests import tiny
 from tests.raising import raises
 from x2dfd import cli
 from x2dfd.calibration import (
-    MLLM,
     SMALL,
     Calibration,
     Logistic,
@@ -46,7 +45,7 @@ from x2dfd.loading import load
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest, write_manifest
 from x2dfd.run_calibrate import calibrate, face_of, held_out_in
 from x2dfd.tower import degraded_view
-from x2dfd.types import Evidence, Face
+from x2dfd.types import MLLM, Evidence, Face
 
 Floats = NDArray[np.float64]
 

@@ -27,7 +27,7 @@ from tests import tiny
 from tests.pictures import clip_of, encoded, png_of
 from tests.raising import raises
 from x2dfd import intake
-from x2dfd.calibration import MLLM, Calibration, Logistic
+from x2dfd.calibration import Calibration, Logistic
 from x2dfd.checkpoints import base_identity
 from x2dfd.degrade import CODEC, codec
 from x2dfd.detector import Detector
@@ -38,7 +38,7 @@ from x2dfd.media import Picture, Video, load_media
 from x2dfd.mllm import LocalMLLM
 from x2dfd.paths import find_media
 from x2dfd.texts import readable
-from x2dfd.types import Cue, Evidence, Failure, Report, Verdict
+from x2dfd.types import MLLM, Cue, Evidence, Failure, Report, Verdict
 
 pytestmark = pytest.mark.needs_base
 

@@ -25,13 +25,13 @@ from tests.test_run_bench import result_of
 from tests.tiny import EXPERT, EXPERT_TARGET, Brightness
 from x2dfd import experts
 from x2dfd.adapter import AdapterCard, write_adapter_card
-from x2dfd.calibration import MLLM, Calibration, Logistic, logit
+from x2dfd.calibration import Calibration, Logistic, logit
 from x2dfd.crops import MASK_SIZE
 from x2dfd.errors import SetupError
 from x2dfd.experts import Shared
 from x2dfd.faces import CROP_SIZE, PREPROCESSING, area_polygons, find_faces
 from x2dfd.manifest import Sample, write_manifest
-from x2dfd.types import Card, Evidence, Face
+from x2dfd.types import MLLM, Card, Evidence, Face
 
 POINTER = "pointer"
 POINTER_TARGET = "tests.test_experts_bench:Pointer"

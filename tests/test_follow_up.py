@@ -12,10 +12,10 @@ import pytest
 
 from tests.test_html_report import face, report
 from x2dfd import follow_up
-from x2dfd.answer import origin, stance
+from x2dfd.answer import leaning
 from x2dfd.explain import read_cues, said_labels
 from x2dfd.fetch import BASE_NAME
-from x2dfd.texts import _CLOSINGS, called_fake, readable, says_all, signs_to_name
+from x2dfd.texts import _CLOSINGS, called_fake, origin, readable, says_all, signs_to_name
 from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
 
 PART, WHOLE = (Verdict("fake", 0.9, None, kind) for kind in ("part", "whole"))
@@ -125,18 +125,42 @@ def test_disagreement_and_missing_answers_are_said() -> None:
     undecided = Verdict("inconclusive", 0.6, "in_band")
     assert "disagree" in readable("", undecided, POINTS)
     assert "disagree" not in readable("", undecided, POINTS[:1])
-    assert "only for the likelier side (fake)" in stance(undecided, "A seam runs along the jaw.")
-    assert "for neither side" in stance(undecided, readable("", undecided, POINTS))
-    assert "(argues for the answer: likely fake)" in str(report())
-    assert "argues" not in str(report(verdict=Verdict("inconclusive", None, "not_a_photograph")))
+    assert "only for the likelier side (fake)" in leaning(
+        face(verdict=undecided, rationale="A seam runs along the jaw.")
+    )
+    assert leaning(face(verdict=undecided, rationale=readable("", undecided, POINTS))) == ""
+    assert leaning(face(rationale="A seam runs along the jaw.")) == ""
 
 
 def test_who_wrote_a_text_is_said_truly() -> None:
-    """Bug prevented: a template's sentence under a real photo that passes for the language model's."""
-    real, nothing = Verdict("real", 0.1), Verdict("inconclusive", None, "not_a_photograph")
-    assert "fixed text" in origin(real, "Nothing was found.", True) and origin(nothing, "A drawing.", True) == ""
-    assert "corrected" in origin(Verdict("fake", 0.9), "A seam.", True)
-    assert "language model" in (own := origin(real, "No seam.", False)) and "corrected" not in own
+    """Bugs prevented: a template's sentence that passes for the language model's, under a photo called real and under
+    a face called fake of which the language model was not asked."""
+
+    def said(verdict: Verdict, rationale: str, evidence: tuple[Evidence, ...] = (), mode: str = "calibrated") -> str:
+        return origin(face(verdict=verdict, rationale=rationale, evidence=evidence), report(model={"mode": mode}))
+
+    real, fake = Verdict("real", 0.1), Verdict("fake", 0.9, kind="whole")
+    assert "fixed text" in said(real, "Nothing was found.")
+    assert said(Verdict("inconclusive", None, "not_a_photograph"), "A drawing.") == ""
+    assert "corrected" in said(fake, "A seam.", POINTS)
+    assert "fixed text" in said(fake, called_fake(fake, POINTS), POINTS)
+    assert "language model" in (own := said(real, "No seam.", mode="paper")) and "corrected" not in own
+
+
+def test_a_text_without_a_sign_sends_to_the_map_that_shows_one() -> None:
+    """Bug prevented: "no single area stands out" beside a map with a marked area."""
+    marked = Evidence("tower", 0.9, map=((0.1, 0.7),))
+    assert "the report's map shows where" in called_fake(PART, (marked,))
+    assert "no single area" in called_fake(PART, (replace(marked, map=((0.1, 0.4),)),))
+    assert "map" not in called_fake(WHOLE, (marked,))
+
+
+def test_a_changed_part_has_no_sign_of_the_whole_image() -> None:
+    """Bug prevented: "A part of the photo looks changed. A regular pattern runs through the whole image." """
+    over_all = Evidence("tower", 0.9, cues=(Cue("whole-image", "frequency", 0.9),))
+    text = readable("A fine grid lies over the whole image.", PART, (over_all,))
+    assert not read_cues(text) and "whole image" not in text
+    assert "whole image" in readable("A fine grid lies over the whole image.", WHOLE, (over_all,))
 
 
 @pytest.mark.parametrize(

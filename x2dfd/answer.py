@@ -5,6 +5,7 @@ Machine words (`fake`, `in_band`, `whole` ...) stay in the JSON; what people rea
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -15,7 +16,7 @@ from operator import itemgetter
 from x2dfd.files import Json
 from x2dfd.prompts import AGREES_ABOVE, AGREES_BELOW, listed
 from x2dfd.statements import PARTLY, of_camera, of_generator
-from x2dfd.types import Evidence, FaceReport, Report, Verdict
+from x2dfd.types import MLLM, Evidence, FaceReport, Report, Verdict
 
 WORDS = {
     "fake": "Likely fake",
@@ -125,6 +126,21 @@ def counted(kinds: Iterable[str]) -> str:
     return ", ".join(f"{n[kind]} {said.lower()}" for kind, said in WORDS.items() if n[kind])
 
 
+def estimate(verdict: Verdict) -> str:
+    """P(fake) of a verdict for people, rounded away from the range without an answer, so that it never seems to lie in
+    it: 78.2 % of a fake is "79 %"."""
+    p = verdict.p_fake
+    if p is None or verdict.label == "inconclusive":
+        return percent(p)
+    steps = 100 * p
+    return percent((math.ceil(steps - 1e-9) if verdict.label == "fake" else math.floor(steps + 1e-9)) / 100)
+
+
+def bound(p: float) -> str:
+    """An end of the range without an answer, for people."""
+    return f"{100 * p:.1f}".removesuffix(".0") + " %"
+
+
 def in_words(verdict: Verdict) -> str:
     """The answer in a line: "Likely fake (changed in part), 93 % chance of a fake"."""
     kind = KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None
@@ -133,7 +149,7 @@ def in_words(verdict: Verdict) -> str:
 
 def p_words(verdict: Verdict) -> str:
     """ ", 93 % chance of a fake"; "" where there is no estimate."""
-    return "" if verdict.p_fake is None else f", {percent(verdict.p_fake)} chance of a fake"
+    return "" if verdict.p_fake is None else f", {estimate(verdict)} chance of a fake"
 
 
 def band(model: Json) -> Sequence[float] | None:
@@ -154,7 +170,7 @@ def reason(report: Report, face: FaceReport | None = None) -> str | None:
         if report.model.get("band") and not bounds:  # of a calibration on too few pictures; no other copy helps
             turns = "lies where this model's calibration turns from real to fake, so no answer is given."
             return f"The estimate, {percent(verdict.p_fake)}, {turns}"
-        between = f" between {percent(bounds[0])} and {percent(bounds[1])}," if bounds else ""
+        between = f" between {bound(bounds[0])} and {bound(bounds[1])}," if bounds else ""
         why = f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer."
         return f"{why} {_would_help(report, face or report.decider)}".rstrip()
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
@@ -177,36 +193,66 @@ def _would_help(report: Report, face: FaceReport | None) -> str:
 
 def decided_by(model: Json) -> str:
     """Who decides the verdicts of a model: "the tower and clip-probe experts", all that have a weight of their own."""
+    return _together(_deciders(model, None))
+
+
+def _deciders(model: Json, kind: str | None) -> list[str]:
+    """The experts and the MLLM that have a weight in the verdict, or in the probability of one kind of fake, in the
+    order of the report."""
     if model.get("mode") == "paper":
-        return "the language model"
-    order = [*(model.get("experts") or {})]  # as the report lists them
+        return [MLLM]
+    order = [*(model.get("experts") or {})]
     weighed = {name for name, weight in (model.get("weights") or {}).items() if weight}
-    names = sorted(weighed - {"mllm"}, key=lambda name: order.index(name) if name in order else len(order))
-    experts = f"the {listed(names)} expert{'s' * (len(names) > 1)}" if names else ""
-    if "mllm" in weighed:
-        return f"{experts} and the language model" if experts else "the language model"
-    return experts or "the models"
+    weighed &= set((model.get("counts_for") or {}).get(kind, weighed))
+    return sorted(weighed, key=lambda name: (name == MLLM, order.index(name) if name in order else len(order)))
+
+
+def _together(names: Sequence[str]) -> str:
+    experts = [name for name in names if name != MLLM]
+    said = [f"the {listed(experts)} expert{'s' * (len(experts) > 1)}"] * bool(experts)
+    return " and ".join(said + ["the language model"] * (MLLM in names)) or "the models"
 
 
 def meaning(report: Report, face: FaceReport | None = None) -> str:
-    """What the answer about a face, or else about the file, says, in plain sentences."""
+    """What the answer about a face, or else about the file, says, in plain sentences; who says so, and who does not."""
     if (why := reason(report, face)) is not None:
         return why
-    verdict, who = face.verdict if face else report.verdict, decided_by(report.model)
-    alone = face is not None or len(report.faces) == 1
-    if verdict.label == "fake":
+    verdict = face.verdict if face else report.verdict
+    fake, alone = verdict.label == "fake", face is not None or len(report.faces) == 1
+    names = _deciders(report.model, verdict.kind if fake else None)
+    scores = {e.expert: e.score for e in (face.evidence if face else report.evidence) if e.score is not None}
+    against = [name for name in names if name in scores and (scores[name] < 0.5) == fake]
+    agree = [name for name in names if name not in against] or names
+    who, several = _together(agree), len(agree) > 1 or not agree
+    who = f"{who[0].upper()}{who[1:]}"
+    if fake:
         subject = "this face" if alone else "the most suspicious face"
-        kinds = {
-            "whole": f"To {who}, {subject} looks made as a whole by a generator and not taken by a camera.",
-            "part": f"To {who}, {subject} comes from a photo that was changed in part: swapped, moved or edited.",
-        }
-        other = f"To {who}, {subject} looks more like known forgeries than like real faces."
-        return kinds.get(verdict.kind or "", other)
-    found = "no sign" if alone else "no clear sign"
-    return (
-        f"{who[0].upper()}{who[1:]} found {found} of a known kind of forgery. "
-        "That does not show the picture is authentic: a forgery of an unknown kind can look like this."
-    )
+        medium = "frame" if report.media.get("kind") == "video" else "photo"
+        takes = {
+            "whole": "one that a generator made as a whole",
+            "part": f"one that was changed in its {medium}: swapped, moved or edited",
+        }.get(verdict.kind or "", "a forgery")
+        said = f"{who} take{'s' * (not several)} {subject} for {takes}."
+    else:
+        found = "no sign" if alone else "no clear sign"
+        said = f"{who} found {found} of a known kind of forgery."
+    if against and agree != names:
+        share = listed([percent(scores[name]) for name in against])
+        other = _together(against)
+        said += f" {other[0].upper()}{other[1:]} lean{'s' * (len(against) == 1)} the other way, with {share}."
+    if fake:
+        return said
+    unknown = "This does not show that the picture is authentic: a forgery of an unknown kind can look like this."
+    return " ".join([said, *(_missed(report) if face is None else []), unknown])
+
+
+def _missed(report: Report) -> list[str]:
+    """How many forgeries look as real as this file, by the validation run."""
+    ratio = report.likelihood_ratio.get("value")
+    if ratio is None:
+        return []
+    share = percent(ratio / (1 + ratio))
+    return [f"In the validation run, {share} of the pictures with such a score were forged, if half of all had been."]
 
 
 def decoding(report: Report) -> str:
@@ -291,27 +337,13 @@ def place(face: FaceReport, report: Report) -> str:
     return f"{ORDINALS[rank]} from the {side}" if rank else f"on the {'far ' * (n > 2)}{side}"
 
 
-def stance(verdict: Verdict, rationale: str) -> str:
-    """What a rationale argues for: the answer, or, where there is none, only the likelier side or neither."""
+def leaning(face: FaceReport) -> str:
+    """A sentence, with a space before it, where a text argues for one side although there is no answer; else ""."""
     from x2dfd.explain import read_cues, said_labels
 
-    if verdict.label != "inconclusive":
-        return f"argues for the answer: {word(verdict).lower()}"
-    if read_cues(rationale) or said_labels(rationale):
-        return f"argues only for the likelier side ({verdict.side}); no answer was given"
-    return "argues for neither side"
-
-
-def origin(verdict: Verdict, rationale: str, calibrated: bool) -> str:
-    """Who wrote a rationale, or for what it argues where there is no answer; "" where nothing was estimated."""
-    if verdict.p_fake is None:
+    if face.verdict.label != "inconclusive" or not (read_cues(face.rationale) or said_labels(face.rationale)):
         return ""
-    if verdict.label == "inconclusive":
-        return f"This text {stance(verdict, rationale)}."
-    if verdict.label == "real" and calibrated:
-        return "A fixed text: it says what was looked at."
-    mended = ", then corrected and completed by what the experts found" if calibrated else ""
-    return f"Written by the language model after the answer was scored{mended}. It may be wrong in detail."
+    return f" This text argues only for the likelier side ({face.verdict.side}); no answer was given."
 
 
 def disagreement(evidence: Sequence[Evidence]) -> tuple[Evidence, Evidence] | None:
@@ -328,9 +360,8 @@ def summary(report: Report) -> str:
     lines = [f"{report.path or '(no path)'}: {in_words(report.verdict)}"]
     lines += [meaning(report), *remarks(report)]
     if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
-        decider: FaceReport | None = report.decider
-        lines.append(f"Rationale ({stance(decider.verdict if decider else report.verdict, report.rationale)}):")
-        lines.append(report.rationale)
+        decider = report.decider
+        lines.append(f"Explanation: {report.rationale}{leaning(decider) if decider else ''}")
     if report.cues:
         lines.append("Cues: " + ", ".join(f"{c.area} · {c.artifact}" for c in report.cues))
     lines.append(f"Next: {NEXT_BRIEFLY}.")

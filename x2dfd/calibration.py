@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import SetupError
 from x2dfd.files import Json, bad_rate, checked, json_sha256, parse_json, write_text
-from x2dfd.types import KINDS, Evidence, Verdict
+from x2dfd.types import KINDS, MLLM, Evidence, Verdict
 
-MLLM = "mllm"
 FALSE_ALARMS = 0.05  # share of a source's real pictures that may be called fake
 MISSES = {"whole": 0.10, "part": 0.15}
 """By kind, the share of the fakes of one generator or source that may be called real. Many changes of a part are too

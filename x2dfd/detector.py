@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from x2dfd import follow_up, prompts
-from x2dfd.calibration import MLLM, Calibration, logits_of, sigmoid
+from x2dfd.calibration import Calibration, logits_of, sigmoid
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import InputError, SetupError, UnknownName
 from x2dfd.experts import Expert, Shared, ask
@@ -32,7 +32,7 @@ from x2dfd.media import Picture, Source, Video
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable, says_all, signs_to_name
-from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
+from x2dfd.types import MLLM, Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
 from x2dfd.validation import PROPOSITIONS, Validation
 
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
@@ -81,6 +81,9 @@ class Detector:
             threshold=applied.high if applied else _paper_threshold(calibration),
             band=[applied.low, applied.high] if applied else None,
             weights=applied.weights if applied else None,
+            counts_for={k: [n for n, w in fit.weights.items() if w > 0] for k, fit in applied.kinds.items()}
+            if applied
+            else None,
             calibration_sha256=calibration.sha256 if calibration else None,
         )
         self.validation = validation if validation and validation.fits(info.to_dict()) else None

@@ -11,7 +11,19 @@ import re
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from x2dfd.answer import KINDS_SAID, NEXT_STEPS, NOT_PROOF, band, in_words, meaning, percent, reason, stance
+from x2dfd.answer import (
+    KINDS_SAID,
+    NEXT_STEPS,
+    NOT_PROOF,
+    band,
+    bound,
+    estimate,
+    in_words,
+    leaning,
+    meaning,
+    percent,
+    reason,
+)
 from x2dfd.explain import named_areas
 from x2dfd.fetch import BASE_NAME
 from x2dfd.texts import against, area_name, cue_clause, sentences_of
@@ -123,10 +135,10 @@ def _why(report: Report, face: FaceReport) -> str:
     texts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
     if face.verdict.label == "inconclusive":
         texts.insert(0, reason(report, face) or "")
-        texts.append(f"This text {stance(face.verdict, face.rationale)}.")
+        texts.append(leaning(face).strip())
     if clearest is not None:
         texts.append(f"Of the experts that count, the clearest is {clearest.expert}, with {percent(clearest.score)}.")
-    return " ".join(texts)
+    return " ".join(filter(None, texts))
 
 
 def _where(report: Report, face: FaceReport) -> str:
@@ -150,11 +162,11 @@ def how_sure(report: Report, face: FaceReport) -> str:
     if verdict.p_fake is None:
         return f"There is no estimate. {reason(report, face)}"
     calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
-    sentences = [f"The {calibrated} estimate that this face is forged is {percent(verdict.p_fake)}."]
+    sentences = [f"The {calibrated} estimate that this face is forged is {estimate(verdict)}."]
     if (no_answer := reason(report, face)) is not None:
         sentences = [no_answer]
     elif bounds:
-        low, high = percent(bounds[0]), percent(bounds[1])
+        low, high = bound(bounds[0]), bound(bounds[1])
         sentences.append(f"Below {low} the answer is real, from {high} on it is fake; in between no answer is given.")
     if face.p_fake_mllm is not None:
         sentences.append(f"The language model alone says {percent(face.p_fake_mllm)}.")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import jinja2
 import numpy as np
 
-from x2dfd import answer
+from x2dfd import answer, texts
 from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF, percent, shown
 from x2dfd.errors import SetupError
 from x2dfd.experts import cards
@@ -299,7 +299,7 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         # Why nothing was assessed is said already; a number and its sign stay on one line.
         "rationale": "" if face.verdict.p_fake is None else face.rationale.replace(" %", "\N{NO-BREAK SPACE}%"),
         "assessed": face.verdict.p_fake is not None,
-        "origin": answer.origin(face.verdict, face.rationale, report.model.get("mode") != "paper"),
+        "origin": texts.origin(face, report),
         "contradictions": face.contradictions,
         "cues": cues,
         "scored": [

@@ -203,7 +203,8 @@ class Rows:
             raise X2DFDError(f"cannot write {self.path}: {error.strerror or error}", code="cannot_write") from error
 
 
-_DESCRIPTIONS = ("validation", "blind_spot", "licence", "weights")  # `calibration_sha256` stands for the weights
+_DESCRIPTIONS = ("validation", "blind_spot", "licence", "weights", "counts_for")
+# `calibration_sha256` stands for the weights.
 
 
 def model_hash(model: Json) -> str:

@@ -19,7 +19,6 @@ from x2dfd.adapter import read_adapter_card
 from x2dfd.calibration import (
     FALSE_ALARMS,
     MISSES,
-    MLLM,
     Calibration,
     Floats,
     Logits,
@@ -39,7 +38,7 @@ from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.model_spec import LoadOptions, ModelSpec
 from x2dfd.progress import progress
 from x2dfd.tower import view_face
-from x2dfd.types import KINDS, Face
+from x2dfd.types import KINDS, MLLM, Face
 
 AT_ONCE = 16
 VIEW_SEED = 1  # of augmented views

@@ -29,7 +29,7 @@ def block(result: Report | Failure) -> str:
     if isinstance(result, Failure):
         return f"{_coloured(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
-    chance = f"{answer.percent(verdict.p_fake)} chance of a fake  " if verdict.p_fake is not None else ""
+    chance = f"{answer.estimate(verdict)} chance of a fake  " if verdict.p_fake is not None else ""
     if chance and result.model.get("mode") == "paper":
         chance = f"{chance.rstrip()} (not calibrated)  "
     decider = result.decider
@@ -48,7 +48,7 @@ def block(result: Report | Failure) -> str:
         if face_verdict.label != verdict.label:  # a clip, whose answer is not that of one face
             lines.append(wrapped(f"of the most suspicious face: {result.rationale}"))
         elif verdict.label == "inconclusive":
-            lines.append(wrapped(f"{result.rationale} This text {answer.stance(verdict, result.rationale)}."))
+            lines.append(wrapped(f"{result.rationale}{answer.leaning(decider) if decider else ''}"))
         else:
             lines.append(wrapped(f"why: {result.rationale}"))
     if result.cues:

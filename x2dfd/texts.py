@@ -1,7 +1,8 @@
 """The rationale that a person reads: the language model's text, without sentences that contradict the report.
 
 In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none names a single area of
-a face that is called generated as a whole, and none goes against the verdict or its kind. Sentences that name no sign,
+a face that is called generated as a whole or a sign of the whole image where a part is called changed, and none goes
+against the verdict or its kind. Sentences that name no sign,
 or name the experts (`x2dfd.prompts.expert_sentence`), are left out, too. Sentences written from the report replace
 them, and add further signs that an expert is sure of, up to three in all.
 """
@@ -12,9 +13,9 @@ import re
 from collections.abc import Sequence
 
 from x2dfd import prompts
-from x2dfd.answer import disagreement, percent
+from x2dfd.answer import disagreement, leaning, percent
 from x2dfd.explain import mended, read_cues, said_kind, said_labels
-from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, Verdict
+from x2dfd.types import AREAS, ARTIFACTS, Cue, Evidence, FaceReport, Report, Verdict
 
 MAX_CUES = 3  # cues in a text; nobody checks more
 MIN_FIRST = 0.5  # probability from which an expert's cue is named
@@ -78,7 +79,7 @@ def readable(text: str, verdict: Verdict, evidence: Sequence[Evidence], pointed_
 
 def signs_to_name(verdict: Verdict, evidence: Sequence[Evidence]) -> frozenset[Sign]:
     """The signs that an expert points at and a text may name of a face that is called fake."""
-    return frozenset((c.area, c.artifact) for e in evidence for c in e.cues if not _names_area([c], verdict))
+    return frozenset((c.area, c.artifact) for e in evidence for c in e.cues if not _of_other_kind([c], verdict))
 
 
 def says_all(text: str, verdict: Verdict, signs: frozenset[Sign]) -> bool:
@@ -134,20 +135,22 @@ def against(sentence: str, verdict: Verdict) -> bool:
     if verdict.label != "fake":
         return bool(cues) or "fake" in labels or (verdict.label == "inconclusive" and "real" in labels)
     other_kind = verdict.kind is not None and kind not in (None, verdict.kind)
-    return "real" in labels or other_kind or _names_area(cues, verdict)
+    return "real" in labels or other_kind or _of_other_kind(cues, verdict)
 
 
-def _names_area(cues: Sequence[Cue], verdict: Verdict) -> bool:
-    """Whether cues name an area of a face that is called generated as a whole, whose traces lie all over it.
+def _of_other_kind(cues: Sequence[Cue], verdict: Verdict) -> bool:
+    """Whether cues name an area of a face that is called generated as a whole, or the whole image where a part is
+    called changed.
 
     Areas named there were wrong: "fine detail is missing in the teeth" of a closed mouth (LOG.md).
     """
-    return verdict.kind == "whole" and any(c.area != "whole-image" for c in cues)
+    whole = [c.area == "whole-image" for c in cues]
+    return (verdict.kind == "whole" and not all(whole)) or (verdict.kind == "part" and any(whole))
 
 
 def _nameable_cues(verdict: Verdict, evidence: Sequence[Evidence], least: float) -> list[Cue]:
     """The cues of at least that probability that a text may name of a face that is called fake, the surest first."""
-    candidates = [c for e in evidence for c in e.cues if not _names_area([c], verdict)]
+    candidates = [c for e in evidence for c in e.cues if not _of_other_kind([c], verdict)]
     cues: dict[tuple[str, str], Cue] = {}
     for cue in sorted(candidates, key=_sureness, reverse=True):
         cues.setdefault((cue.area, cue.artifact), cue)
@@ -171,7 +174,31 @@ def called_fake(verdict: Verdict, evidence: Sequence[Evidence]) -> str:
         return f"{_opening(verdict)}. {_sentence([cues[0], *further][:MAX_CUES])}"
     if verdict.kind == "whole":
         return f"{_opening(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
+    if map_points(evidence):
+        return f"{_opening(verdict)}. No sign is clear enough to be named; the report's map shows where to look."
     return f"{_opening(verdict)}, although no single area stands out."
+
+
+def map_points(evidence: Sequence[Evidence]) -> bool:
+    """Whether an expert's map marks a place that was likelier changed than not."""
+    return any(value >= 0.5 for e in evidence for row in e.map for value in row)
+
+
+def origin(face: FaceReport, report: Report) -> str:
+    """Who wrote the rationale about a face; "" where nothing was estimated."""
+    verdict = face.verdict
+    if verdict.p_fake is None:
+        return ""
+    if report.model.get("mode") == "paper":
+        return f"Written by the language model after the answer was scored. It may be wrong in detail.{leaning(face)}"
+    counted = [e for e in face.evidence if e.expert not in report.uncounted]
+    if verdict.label != "fake" or face.rationale == called_fake(verdict, counted):
+        said = "what the experts found" if verdict.label == "fake" else "what was looked at"
+        return f"A fixed text: it says {said}.{leaning(face)}"
+    return (
+        "Written by the language model after the answer was scored, then corrected and completed by what the experts "
+        "found. It may be wrong in detail."
+    )
 
 
 def undecided(verdict: Verdict, evidence: Sequence[Evidence]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from x2dfd import prompts
 from x2dfd.adapter import FORENSIC, TOWER, WHOLE, AdapterCard, check_adapter, checked_additions
-from x2dfd.calibration import MLLM, Calibration
+from x2dfd.calibration import Calibration
 from x2dfd.checkpoints import TORCH_DTYPES, base_identity
 from x2dfd.errors import SetupError
 from x2dfd.fetch import CHAT_TEMPLATE
@@ -25,6 +25,7 @@ from x2dfd.files import Json
 from x2dfd.mllm import BATCH, LocalEncoding, LocalMLLM, YesNo, seeds_of
 from x2dfd.model_spec import Dtype
 from x2dfd.tower import load_tower_pass, read_ranges, tower_states
+from x2dfd.types import MLLM
 
 
 class TowerFirst:

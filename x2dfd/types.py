@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+MLLM = "mllm"
+"""The name of the MLLM's own score among those of the experts."""
+
 AREAS: tuple[str, ...] = (
     "forehead", "eyebrows", "eyes", "nose", "mouth", "teeth", "cheeks", "jaw", "ears", "hair", "skin",
     "face-contour", "neck", "background", "accessories", "whole-image",
@@ -159,7 +162,8 @@ class ModelInfo:
     mode: str = "calibrated"
     threshold: float | None = None  # of p_fake in this mode
     band: list[float] | None = None  # p_fake without an answer lies between these
-    weights: dict[str, float] | None = None  # of MLLM and experts in the calibration
+    weights: dict[str, float] | None = None  # of MLLM and experts in the calibration, the larger one of both kinds
+    counts_for: dict[str, list[str]] | None = None  # kind of fake -> MLLM and experts with a weight for it
     calibration_sha256: str | None = None
     validation: Json | None = None  # summary of the validation run
     validation_sha256: str | None = None

@@ -33,7 +33,7 @@ from eval.scoring import (
 from eval.task import Outcome, Run, Task
 from eval.tasks.detect import by_slice
 from x2dfd.adapter import EMBEDDED, expert_hashes, read_adapter_card
-from x2dfd.calibration import MLLM, Calibration, logit, logits_of, sigmoid
+from x2dfd.calibration import Calibration, logit, logits_of, sigmoid
 from x2dfd.detector import Detector, through_codec, versions
 from x2dfd.errors import InputError, SetupError
 from x2dfd.experts import BUILTIN, Expert, ask, load_expert
@@ -42,7 +42,7 @@ from x2dfd.files import Json, file_sha256
 from x2dfd.loading import crops_through
 from x2dfd.manifest import Sample
 from x2dfd.media import load_picture
-from x2dfd.types import Evidence, Face, Verdict
+from x2dfd.types import MLLM, Evidence, Face, Verdict
 
 Pixels = NDArray[np.uint8]
 
