@@ -194,8 +194,10 @@ def _model_answer(detector: DemoDetector, case: Case, face: FaceReport, question
 
 def _stored_verdict(case: Case, face: FaceReport | None) -> str:
     whole = case.report.verdict
-    sentence = f"Stored verdict, which chat cannot change: {in_words(face.verdict if face else whole)}."
-    return sentence if len(case.report.faces) < 2 else f"{sentence} Whole file: {in_words(whole)}."
+    sentence = (
+        f"Stored verdict, which chat cannot change: {in_words(face.verdict if face else whole, case.report.model)}."
+    )
+    return sentence if len(case.report.faces) < 2 else f"{sentence} Whole file: {in_words(whole, case.report.model)}."
 
 
 # --- the page ---

@@ -151,7 +151,7 @@ def table(files: Sequence[tuple[str, Report | Failure]], total: int, current: in
 
 def choices(report: Report) -> list[tuple[str, int]]:
     """The label and index of each face, for the dropdown."""
-    return [(f"{named(face, report)}: {in_words(face.verdict)}", face.index) for face in report.faces]
+    return [(f"{named(face, report)}: {in_words(face.verdict, report.model)}", face.index) for face in report.faces]
 
 
 def named(face: FaceReport, report: Report) -> str:

@@ -204,10 +204,11 @@ def test_only_experts_that_said_so_are_named(verdict: Verdict, scores: tuple[flo
 
 def test_an_answer_never_seems_to_lie_in_the_range_without_one() -> None:
     """Bug prevented: "Likely fake 78 %" beside "between 17 % and 78 % no answer is given"."""
-    shown = [estimate(Verdict("fake", 0.7816)), estimate(Verdict("real", 0.1651)), bound(0.1652), bound(0.8)]
-    assert shown == ["79 %", "16 %", "16.5 %", "80 %"]
-    assert [estimate(Verdict("fake", p)) for p in (0.85, 0.999)] == ["85 %", "> 99 %"]
-    assert estimate(Verdict("real", 0.003)) == "< 1 %" and estimate(Verdict("inconclusive", 0.166)) == "17 %"
+    model = {"band": [0.1652, 0.7815]}
+    near = [Verdict("fake", 0.782), Verdict("real", 0.1651), Verdict("inconclusive", 0.781), Verdict("fake", 0.85)]
+    assert [estimate(verdict, model) for verdict in near] == ["78.2 %", "16.5 %", "78.1 %", "85 %"]
+    assert [bound(p) for p in (0.1652, 0.8)] == ["16.5 %", "80 %"]
+    assert [estimate(Verdict("real", p), {}) for p in (0.003, 0.1651)] == ["< 1 %", "17 %"]
 
 
 def test_likely_real_says_how_many_forgeries_look_like_it() -> None:

@@ -5,7 +5,6 @@ Machine words (`fake`, `in_band`, `whole` ...) stay in the JSON; what people rea
 
 from __future__ import annotations
 
-import math
 import re
 import unicodedata
 from collections import Counter
@@ -126,14 +125,12 @@ def counted(kinds: Iterable[str]) -> str:
     return ", ".join(f"{n[kind]} {said.lower()}" for kind, said in WORDS.items() if n[kind])
 
 
-def estimate(verdict: Verdict) -> str:
-    """P(fake) of a verdict for people, rounded away from the range without an answer, so that it never seems to lie in
-    it: 78.2 % of a fake is "79 %"."""
+def estimate(verdict: Verdict, model: Json) -> str:
+    """P(fake) of a verdict for people; with a digit more near an end of the model's range without an answer, so that it
+    does not seem to lie on the other side of it."""
     p = verdict.p_fake
-    if p is None or verdict.label == "inconclusive":
-        return percent(p)
-    steps = 100 * p
-    return percent((math.ceil(steps - 1e-9) if verdict.label == "fake" else math.floor(steps + 1e-9)) / 100)
+    near = p is not None and percent(p) in map(percent, model.get("band") or ())
+    return bound(p) if near and p is not None else percent(p)
 
 
 def bound(p: float) -> str:
@@ -141,15 +138,15 @@ def bound(p: float) -> str:
     return f"{100 * p:.1f}".removesuffix(".0") + " %"
 
 
-def in_words(verdict: Verdict) -> str:
+def in_words(verdict: Verdict, model: Json) -> str:
     """The answer in a line: "Likely fake (changed in part), 93 % chance of a fake"."""
     kind = KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None
-    return word(verdict) + (f" ({kind})" if kind else "") + p_words(verdict)
+    return word(verdict) + (f" ({kind})" if kind else "") + p_words(verdict, model)
 
 
-def p_words(verdict: Verdict) -> str:
+def p_words(verdict: Verdict, model: Json) -> str:
     """ ", 93 % chance of a fake"; "" where there is no estimate."""
-    return "" if verdict.p_fake is None else f", {estimate(verdict)} chance of a fake"
+    return "" if verdict.p_fake is None else f", {estimate(verdict, model)} chance of a fake"
 
 
 def band(model: Json) -> Sequence[float] | None:
@@ -169,9 +166,9 @@ def reason(report: Report, face: FaceReport | None = None) -> str | None:
         bounds = band(report.model)
         if report.model.get("band") and not bounds:  # of a calibration on too few pictures; no other copy helps
             turns = "lies where this model's calibration turns from real to fake, so no answer is given."
-            return f"The estimate, {percent(verdict.p_fake)}, {turns}"
+            return f"The estimate, {estimate(verdict, report.model)}, {turns}"
         between = f" between {bound(bounds[0])} and {bound(bounds[1])}," if bounds else ""
-        why = f"The estimate, {percent(verdict.p_fake)}, lies{between} where errors are too frequent to answer."
+        why = f"The estimate, {estimate(verdict, report.model)}, lies{between} where errors are too frequent to answer."
         return f"{why} {_would_help(report, face or report.decider)}".rstrip()
     return REASONS.get(stated, f"No answer is given; the stated reason is: {stated}.")
 
@@ -357,7 +354,7 @@ def disagreement(evidence: Sequence[Evidence]) -> tuple[Evidence, Evidence] | No
 
 def summary(report: Report) -> str:
     """A report in a few lines, as `str(report)` gives it."""
-    lines = [f"{report.path or '(no path)'}: {in_words(report.verdict)}"]
+    lines = [f"{report.path or '(no path)'}: {in_words(report.verdict, report.model)}"]
     lines += [meaning(report), *remarks(report)]
     if report.rationale and report.verdict.p_fake is not None:  # else it says again why nothing was assessed
         decider = report.decider

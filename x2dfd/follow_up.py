@@ -132,7 +132,7 @@ def _why(report: Report, face: FaceReport) -> str:
         key=lambda e: abs((e.score or 0.0) - 0.5),
         default=None,
     )
-    texts = [face.rationale or f"{in_words(face.verdict)}: the report holds no explanation."]
+    texts = [face.rationale or f"{in_words(face.verdict, report.model)}: the report holds no explanation."]
     if face.verdict.label == "inconclusive":
         texts.insert(0, reason(report, face) or "")
         texts.append(leaning(face).strip())
@@ -162,7 +162,7 @@ def how_sure(report: Report, face: FaceReport) -> str:
     if verdict.p_fake is None:
         return f"There is no estimate. {reason(report, face)}"
     calibrated = "calibrated" if report.model.get("mode") != "paper" else "uncalibrated"
-    sentences = [f"The {calibrated} estimate that this face is forged is {estimate(verdict)}."]
+    sentences = [f"The {calibrated} estimate that this face is forged is {estimate(verdict, report.model)}."]
     if (no_answer := reason(report, face)) is not None:
         sentences = [no_answer]
     elif bounds:
@@ -221,7 +221,7 @@ def _publish(report: Report, face: FaceReport | None) -> str:
 
 
 def _verdict(report: Report, face: FaceReport) -> str:
-    return f"{in_words(face.verdict)}. {meaning(report, face)}"
+    return f"{in_words(face.verdict, report.model)}. {meaning(report, face)}"
 
 
 def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
@@ -230,7 +230,7 @@ def _fixed(text: str) -> Callable[[Report, FaceReport], str]:
 
 def _language(report: Report, face: FaceReport) -> str:
     proof = "" if face.verdict.p_fake is None else f" {NOT_PROOF}"
-    return f"I can answer in English only. To translate: {in_words(face.verdict)}.{proof}"
+    return f"I can answer in English only. To translate: {in_words(face.verdict, report.model)}.{proof}"
 
 
 _ANSWERS: dict[str, Callable[[Report, FaceReport], str]] = {

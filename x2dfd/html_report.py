@@ -386,7 +386,8 @@ def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], 
              "chip_y": y - 1.5 * text if y > 1.5 * text else min(y + h, height - 1.5 * text)}
         )  # fmt: skip
     description = "; ".join(
-        f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}{answer.p_words(f.verdict)}" for f in faces
+        f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}{answer.p_words(f.verdict, report.model)}"
+        for f in faces
     )
     return {
         "uri": jpeg_uri(pixels, side),

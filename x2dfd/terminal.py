@@ -29,7 +29,7 @@ def block(result: Report | Failure) -> str:
     if isinstance(result, Failure):
         return f"{_coloured(answer.WORDS['failed'], None)}  {result.code}  {name}\n" + wrapped(result.reason) + "\n"
     verdict = result.verdict
-    chance = f"{answer.estimate(verdict)} chance of a fake  " if verdict.p_fake is not None else ""
+    chance = f"{answer.estimate(verdict, result.model)} chance of a fake  " if verdict.p_fake is not None else ""
     if chance and result.model.get("mode") == "paper":
         chance = f"{chance.rstrip()} (not calibrated)  "
     decider = result.decider
