@@ -202,8 +202,8 @@ def _technique(report: Report, face: FaceReport) -> str:
 
 def _other_cause(report: Report, face: FaceReport) -> str:
     if face.verdict.label == "fake" and face.verdict.kind != "whole":
-        text = "Yes, that is possible: beauty filters and retouching change a photo in part, and the models do not tell "
-        text += "them apart from a forgery meant to deceive."
+        text = "Yes, that is possible: beauty filters and retouching change a photo in part, and the models do not "
+        text += "tell them apart from a forgery meant to deceive."
     elif face.verdict.label == "fake":
         text = "A filter or compression seldom makes a face look generated as a whole, but it is not excluded."
     else:
