@@ -110,6 +110,33 @@ def rate_difference(first: Measured, second: Measured) -> Measured:
     return Measured(value, (value - float(down), value + float(up)), n, groups)
 
 
+def rate_like(known: Measured, hits: int) -> Measured:
+    """The rate of other hits among the very pictures of a known rate, whose interval tells as how many independent
+    groups these pictures count."""
+    share = hits / known.n if known.n else None
+    if share is None or known.value is None or known.interval is None:
+        return Measured(share, None, known.n, known.groups, known.note)
+    value, end = known.value, 0 if known.value == 1 else 1
+    given = known.interval[end]
+    trials = float(brentq(lambda t: binomial_interval(value * t, t)[end] - given, 1.0, 2.0 * known.n))
+    return Measured(share, binomial_interval(share * trials, trials), known.n, known.groups)
+
+
+def rate_share(first: Measured, second: Measured) -> Measured:
+    """A rate over the sum of two rates of different groups. The interval combines those of the two rates on the scale
+    of log-odds (Zou & Donner 2008); there is none where a rate is 0."""
+    n, groups = first.n + second.n, first.groups + second.groups
+    if first.value is None or second.value is None or not first.value + second.value:
+        return Measured(None, None, n, groups)
+    value = first.value / (first.value + second.value)
+    if first.interval is None or second.interval is None or not 0 < value < 1:
+        return Measured(value, None, n, groups, TOO_FEW)
+    (low, high), (other_low, other_high) = np.log(first.interval), np.log(second.interval)
+    middle, other = np.log(first.value), np.log(second.value)
+    down, up = np.hypot(middle - low, other_high - other), np.hypot(high - middle, other - other_low)
+    return Measured(value, (float(expit(logit(value) - down)), float(expit(logit(value) + up))), n, groups)
+
+
 def ratio(parts: Floats, wholes: Floats, groups: Sequence[str]) -> Measured:
     """Sum of `parts` over sum of `wholes`, both [n]: a mean where the wholes are 1; micro F1 as 2 hits over items."""
     total = float(wholes.sum())

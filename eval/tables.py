@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from eval.stats import TOO_FEW, Measured
+from eval.stats import TOO_FEW, Measured, rate_like, rate_share
 from x2dfd.cli import run_command
 from x2dfd.errors import X2DFDError
 from x2dfd.files import Json, parse_json, write_text
@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 Result = Json
 NOT_MEASURED = "Not measured."
 FEW_MARK = "‡"
+MIN_SLICE = 10
+"""Fakes, and photos, that a slice of the experts' table has at least."""
 DATA_TASKS = ("detect", "describe", "experts", "quality", "rotation")
 """Tasks whose results are of labelled pictures."""
 
@@ -84,36 +86,44 @@ def percent(part: Json | None) -> str:
 
 
 def detect(name: str, result: Result) -> Iterator[Table]:
-    """Scorers in columns; AUC over all, then by every column's values, each with its counts; false alarms last."""
+    """Scorers in columns; AUC over all, then by every column's values, each with its counts and, of verdicts, the
+    shares of fakes and photos that were called fake."""
     scorers = _apart(result["scorers"])
     held_out = result["model"]["stated"].get("held_out", [])
     first = next(iter(scorers.values()))
-    overall = first["overall"]
-    rows: list[list[Cell]] = [["**all**", *_aucs(scorers), *_counts(overall["auc"], overall)]]
+    overall, answers = first["overall"], first.get("answers")
+    said, of_source = called(first), first.get("promise", {}).get("by_source", {})
+    rates = ["fakes called fake", "photos called fake"] if answers else []
+    found = [counted(said.get("fakes called fake")), counted(answers["false_alarms"])] if answers else []
+    rows: list[list[Cell]] = [["**all**", *_aucs(scorers), *found, *_counts(overall["auc"], overall)]]
     for column, value in _parts(first["by"]):
         known = first["by"][column][value]
         marks = ("" if known["against"] == "own reals" else "*") + ("†" if value in held_out else "")
-        found = [s["by"].get(column, {}).get(value, {}).get("auc") for s in scorers.values()]
-        rows.append([f"{column} {value}{marks}", *found, *_counts(known["auc"], known)])
-    answers = first.get("answers")
+        aucs = [s["by"].get(column, {}).get(value, {}).get("auc") for s in scorers.values()]
+        alarms = known.get("false_alarms") or (of_source.get(value) if column == "source" else None)
+        found = [counted(known.get("found")), counted(alarms)] if answers else []
+        rows.append([f"{column} {value}{marks}", *aucs, *found, *_counts(known["auc"], known)])
     title = _title(name, result)
     if answers:
-        alarms = answers["false_alarms"]
-        blank: list[Cell] = ["–"] * (len(scorers) - 1)
-        rows.append(["false alarms", percent(alarms), *blank, f"– / {alarms['n']}", alarms["groups"]])
         title += (
-            " False alarms are real pictures called fake at the shipped threshold. "
-            f"{percent(answers['coverage'])} of the pictures were answered; the others got no answer. "
-            f"Fakes called real: {percent(answers['misses'])}."
+            f" {percent(answers['coverage'])} of the pictures were answered; the others got no answer. "
+            f"Fakes called real: {counted(answers['misses'])}."
         )
-    title += " * against all reals (or all fakes), as there are too few of the same source."
+        title += f" Photos called real: {counted(said['photos called real'])}." if said else ""
+        unscored = sum(first.get("unscored", {}).values()) - sum(result["failures"].values())
+        title += f" Pictures without a score ({unscored}) count in these shares, not in AUC." if unscored > 0 else ""
+        title += (
+            " By method and source the file holds only what was called fake; the others were called real or got no "
+            "answer. The photos of a method are those of its sources."
+        )
+    title += " * AUC against all photos (or all fakes), as there are too few of the same source."
     title += " † held out of the training of the MLLM and of the calibration." if held_out else ""
-    yield Table(title, ["AUC", *scorers, "fake / real", "groups"], rows)
+    yield Table(title, ["AUC", *scorers, *rates, "fake / real", "groups"], rows)
 
 
 def describe(name: str, result: Result) -> Iterator[Table]:
-    """What rationales name against the truth, beside the baselines, and by method. Of pictures with reference texts and
-    without known cues, how near the texts come."""
+    """What rationales name against the truth, beside the baselines; by method too, but for baselines. Of pictures with
+    reference texts and without known cues, how near the texts come."""
     scorers: dict[str, Result] = result["scorers"]
     title = _title(name, result)
     if not any("cues" in s for s in scorers.values()):
@@ -129,15 +139,36 @@ def describe(name: str, result: Result) -> Iterator[Table]:
         yield Table(title, ["", *keys.values(), "distinct texts", "contradictions", "n"], near)
         return
     rows: list[list[Cell]] = []
+    alike: dict[str, list[str]] = {}
     for scorer, s in scorers.items():
+        alike.setdefault(repr([s["areas"], s["cues"], s["by_method"]]), []).append(scorer)
+    for names in alike.values():
+        s = scorers[names[0]]
         areas, cues = (s[what]["micro_f1"] for what in ("areas", "cues"))
         said = [s.get("distinct_texts"), percent(s.get("contradictions"))]
-        rows.append([scorer, areas, cues, *said, s["n_fake"], areas["groups"]])
-        for method, part in s["by_method"].items():
+        rows.append([" = ".join(names), areas, cues, *said, s["n_fake"], areas["groups"]])
+        for method, part in s["by_method"].items() if _sees(names[0]) else ():
             counts = [part["n"], part["areas"]["groups"]]
-            rows.append([f"{scorer}, {method}", part["areas"], part["cues"], "–", "–", *counts])
+            rows.append([f"{names[0]}, {method}", part["areas"], part["cues"], "–", "–", *counts])
     head = ["", "area F1", "cue F1", "distinct texts", "contradictions", "n fake", "groups"]
-    yield Table(f"{title} Forgeries with known cues.", head, rows)
+    yield Table(f"{title} Forgeries with known cues.{_beside_pointing(scorers)}", head, rows)
+
+
+def _sees(scorer: str) -> bool:
+    """Whether a scorer sees the picture, which a baseline does not."""
+    return scorer == "model" or scorer.startswith("expert:")
+
+
+def _beside_pointing(scorers: dict[str, Result]) -> str:
+    """The comparison that matters: the texts beside the pointing on which they rest."""
+    pointing = {name: shown(s["areas"]["micro_f1"]) for name, s in scorers.items() if name.startswith("expert:")}
+    if not pointing or "model" not in scorers:
+        return ""
+    own = " and ".join(f"that of `{name}` alone {f1}" for name, f1 in pointing.items())
+    return (
+        " The comparison that matters is between the texts and the pointing on which they rest: the area F1 of the "
+        f"texts (`model`) is {shown(scorers['model']['areas']['micro_f1'])}, {own}."
+    )
 
 
 def experts(name: str, result: Result) -> Iterator[Table]:
@@ -159,15 +190,38 @@ def experts(name: str, result: Result) -> Iterator[Table]:
     rows = []
     for column, value in _parts(first["by"]):
         known = first["by"][column][value]
+        if min(known["n_fake"], known["n_real"]) < MIN_SLICE:
+            continue
         cells = [shown(s["by"][column][value]["auc"]) + ("†" if value in held_out.get(c, ()) else "")
                  if value in s["by"].get(column, {}) else "–" for c, s in scorers.items()]  # fmt: skip
         mark = "" if known["against"] == "own reals" else "*"
         rows.append([f"{column} {value}{mark}", *cells, *_counts(known["auc"], known)])
     title = (
-        "The AUC by slice. † held out of training, as its card says (fusion: of the calibration and of every "
-        f"expert that weighs). * against all reals (or all fakes). {FEW_MARK} {TOO_FEW}."
+        f"The AUC by slice, of slices with at least {MIN_SLICE} fakes and {MIN_SLICE} photos. † held out of training, "
+        "as its card says (fusion: of the calibration and of every expert that weighs). * against all reals (or all "
+        f"fakes). {FEW_MARK} {TOO_FEW}."
     )
-    yield Table(title, ["AUC", *scorers, "fake / real", "groups"], rows)
+    if rows:
+        yield Table(title, ["AUC", *scorers, "fake / real", "groups"], rows)
+
+
+def localisation(name: str, result: Result) -> Iterator[Table]:
+    """How well the experts' maps find what was changed, beside maps that ignore the picture."""
+    found = result.get("localisation") or {}
+    if not found.get("maps"):
+        return
+    rows: list[list[Cell]] = [
+        [way, part["auc"], part["iou"], part["n"], part["auc"]["groups"]] for way, part in found["maps"].items()
+    ]
+    missed = ", ".join(f"{n} ({reason.replace('_', ' ')})" for reason, n in found["left_out"].items())
+    what = "; ".join(f"`{way}`: {line}" for way, line in found["baselines"].items())
+    title = (
+        f"{_title(name, result)} {found['n']} of these fakes have a map and a mask that says what was changed "
+        f"({found['n_masks']} have a mask{f'; not measured: {missed}' if missed else ''}). Means over the fakes: "
+        "pixel AUC, the chance that a changed pixel of the crop gets a higher value than an unchanged one, and IoU, "
+        f"the overlap of map and mask at {found['iou_at']}. {what}."
+    )
+    yield Table(title, ["map", "pixel AUC", "IoU", "n fake", "groups"], rows)
 
 
 def robustness(name: str, result: Result) -> Iterator[Table]:
@@ -206,19 +260,38 @@ def speed(name: str, result: Result) -> Iterator[Table]:
                 row.append("–" if share is None else f"{100 * share:.0f} %")
                 row.append("–" if change is None else f"{change:.1e}")
                 rows.append([f"{comparison['name']}: {way}", *row, comparison["rounds"]])
+        rounds = sorted({comparison["rounds"] for comparison in device["comparisons"]})
         title = (
-            f"`{name}`: {device['model']} on {device['device']}, {result['threads']} threads of {device['name']}, "
-            f"which was measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and {device['read_gb_per_s']:.0f} GB/s."
+            f"`{name}`, by `{_speed_command(result)}`: {device['model']} on {device['device']}, {result['threads']} "
+            f"threads of {device['name']}, which was measured at {device['matmul_gflop_per_s']:,.0f} GFLOP/s and "
+            f"{device['read_gb_per_s']:.0f} GB/s. A spread from 10 to 90 % is interpolated between the "
+            f"{' or '.join(str(n) for n in rounds)} rounds of its row: so few tell little about other runs."
         )
+        if any(comparison["name"].startswith("the command") for comparison in device["comparisons"]):
+            title += (
+                " `the command` is `x2dfd detect FILE --json --no-rationale` with one photo, timed from the start of "
+                "Python: it writes no explanation."
+            )
         yield Table(title, ["", "s [10–90 %]", "times the first", "of the bound", "largest change", "rounds"], rows)
+
+
+def _speed_command(result: Result) -> str:
+    comparisons = [comparison for device in result["devices"] for comparison in device["comparisons"]]
+    asked = [re.match(r"(\d+) cue questions", comparison["name"]) for comparison in comparisons]
+    words = ["python -m benchmarks.speed", f"--rounds {max(comparison['rounds'] for comparison in comparisons)}"]
+    words += [f"--questions {match[1]}" for match in asked if match][:1]
+    words += [f"--geometry {result['geometry']}"] if result.get("geometry", "embedded") != "embedded" else []
+    words += [f"--threads {result['threads']}"] if result["threads"] != 2 else []
+    return " ".join([*words, "--out FILE"])
 
 
 def quality(name: str, result: Result) -> Iterator[Table]:
     """Peers that scored the same pictures in turns: seconds, weights, AUC."""
     data, moved = result["data"], result["bf16_against_fp32"]
     rows: list[list[Cell]] = [[way["name"], way["seconds"], way["megabytes"], way["auc"]] for way in result["ways"]]
+    n_real, n_fake = data["n_real"], data["n_fake"]
     title = (
-        f"`{name}`: manifest `{data['sha256'][:12]}`, {data['n_real']} real and {data['n_fake']} fake, "
+        f"`{name}`: {n_real + n_fake} pictures of manifest `{data['sha256'][:12]}`, {n_real} real and {n_fake} fake, "
         f"{result['threads']} CPU threads, eight faces at a time. bf16 moves P(fake) by {moved['p_median']:.4f} in the "
         f"median and by {moved['p_90']:.4f} at most for nine faces of ten; its AUC less that of fp32: "
         f"{shown(moved['auc'])}."
@@ -240,6 +313,8 @@ def rotation(name: str, result: Result) -> Iterator[Table]:
             "sources, and of generators among photos of known sources too; each expert alone; `met`: the shipped "
             "experts, which were trained on all of them. Wrong: photos called fake, fakes called real."
         )
+        if "limit" in result:
+            title += f" At most {result['limit']} pictures of a source, generator or method (`--limit`)."
         yield Table(title, ["AUC", *columns, "answered", "wrong", "n", "groups"], rows)
 
 
@@ -249,12 +324,31 @@ def _spread(part: dict[str, float], form: str) -> str:
 
 def _title(name: str, result: Result) -> str:
     data, change = result["data"], result["settings"].get("change")
+    limit = f"that `--limit {data['limit']}` drew from" if data.get("limit") else "of"
+    note = f"; every picture changed before it was judged, {change}." if change else "."
+    note += " Another limit draws another subset of the same set." if data.get("limit") else ""
     return (
-        f"`{name}`: model `{result['model']['name']}`, manifest `{data['sha256'][:12]}`, "
-        f"split {data['split'] or 'all'}, {data['n_real']} real and {data['n_fake']} fake in {data['n_groups']} "
-        f"groups, {sum(result['failures'].values())} not readable"
-        f"{f'; every picture changed before it was judged, {change}' if change else ''}. 95 % intervals by groups."
+        f"`{name}`, by `{_command(result)}`: model `{result['model']['name']}`, {data['n']} pictures {limit} manifest "
+        f"`{data['sha256'][:12]}`, split {data['split'] or 'all'}; {data['n_real']} real and {data['n_fake']} fake in "
+        f"{data['n_groups']} groups, {sum(result['failures'].values())} not readable{note} 95 % intervals by groups."
     )
+
+
+def _command(result: Result) -> str:
+    """The command that made a result of `eval/run_bench.py`, with the options that were given."""
+    data, settings, model = result["data"], result["settings"], result["model"]["name"]
+    given: dict[str, object] = {"--model": model if model != "embedded" else None}
+    given |= {"--split": data["split"], "--limit": data.get("limit"), "--seed": settings.get("seed")}
+    by = ",".join(next(iter(result["scorers"].values())).get("by", ()))
+    given["--by"] = by if by != "source,method" else None
+    given["--changes"] = settings["change"].split(":")[0] if settings.get("change") else None
+    if result["task"]["name"] == "experts":
+        given["--changes"] = ",".join(result["robustness"]) or "none"
+    given["--reporting"] = "eval/results/looks.jsonl" if "reporting" in result else None
+    words = [f"{option} {value}" for option, value in given.items() if value]
+    words += ["--with-mllm"] if result["task"]["name"] == "experts" and "mllm" in result["scorers"] else []
+    words += ["--no-equalise"] if "equalise" in settings and not settings["equalise"] else []
+    return " ".join(["python eval/run_bench.py", result["task"]["name"], "--data MANIFEST", *words, "--out DIR"])
 
 
 def _parts(by: Result) -> list[tuple[str, str]]:
@@ -282,20 +376,77 @@ def _counts(figure: Result, part: Result) -> list[Cell]:
     return [f"{part['n_fake']} / {part['n_real']}", figure["groups"]]
 
 
+def called(scorer: Result) -> dict[str, Measured]:
+    """Of a scorer with verdicts: the fakes that were called fake and the photos that were called real, as far as its
+    parts tell. A column whose slices hold as many fakes as were scored has every one of them once."""
+    answers = scorer.get("answers")
+    if not answers or answers["accuracy"]["value"] is None:
+        return {}
+    misses, alarms = Measured.read(answers["misses"]), Measured.read(answers["false_alarms"])
+    for slices in scorer.get("by", {}).values():
+        found = [Measured.read(part["found"]) for part in slices.values() if "found" in part]
+        if sum(part.n for part in found) == scorer["overall"]["n_fake"] > 0:  # what has no score was not called fake
+            hits = sum(_hits(part) for part in found)
+            right = _hits(Measured.read(answers["accuracy"])) - hits  # the other right answers are about photos
+            return {"fakes called fake": rate_like(misses, hits), "photos called real": rate_like(alarms, right)}
+    return {}
+
+
+def _hits(rate: Measured) -> int:
+    return round((rate.value or 0.0) * rate.n)
+
+
+def counted(figure: Measured | Json | None) -> str:
+    """A rate with its counts: "5 of 18, 27.8 % [10.3 %, 52.6 %]"."""
+    rate = Measured.read(figure) if isinstance(figure, dict) else figure
+    if rate is None or rate.value is None:
+        return "–"
+    return f"{_hits(rate)} of {rate.n}, {shown(rate, percent=True)}"
+
+
+def _of_verdicts(found: Result) -> Iterator[list[Cell]]:
+    """Rows of the summary: verdicts against the truth."""
+    scorer = next(iter(found["scorers"].values()))
+    answers, overall, said = scorer["answers"], scorer["overall"], called(scorer)
+    counts = f"{overall['n_fake']} fakes, {overall['n_real']} photos"
+    yield ["A fake gets a higher score than a photo (AUC: 1 is perfect, 0.5 is a coin)", overall["auc"], counts]
+    shares = {
+        "Share of the pictures that get an answer": answers["coverage"],
+        "Share of these answers that is right": answers["accuracy"],
+        "Share of all photos that is called fake": answers["false_alarms"],
+        "Share of all fakes that is called fake": said.get("fakes called fake"),
+        "Share of all fakes that is called real": answers["misses"],
+    }
+    for text, part in shares.items():
+        rate = Measured.read(part) if isinstance(part, dict) else part
+        if rate is not None:
+            yield [text, shown(rate, percent=True), f"{_hits(rate)} of {rate.n}"]
+    if said:
+        misses, right = Measured.read(answers["misses"]), said["photos called real"]
+        text = 'Of the answers "likely real", the share that is in truth fake, if fakes and photos are equally frequent'
+        among = f"{_hits(misses)} of {misses.n} fakes and {_hits(right)} of {right.n} photos called real"
+        yield [text, shown(rate_share(misses, right), percent=True), among]
+
+
+def _of_map(found: Result) -> Iterator[list[Cell]]:
+    """The summary's row on the first map, beside the best figures of the maps that do not see the forgery."""
+    maps = (found.get("localisation") or {}).get("maps", {})
+    baselines = [part for way, part in maps.items() if way.startswith("baseline:")]
+    for part in [part for way, part in maps.items() if not way.startswith("baseline:")][:1]:
+        text, figures = "The map against the changed pixels: AUC, overlap (IoU)", [part["auc"], part["iou"]]
+        row = ", ".join(map(shown, figures))
+        if baselines:
+            text += "; a bell or the face's oval in its place, at best"
+            best = [max((b[key] for b in baselines), key=lambda f: float(f["value"])) for key in ("auc", "iou")]
+            row += "; " + ", ".join(map(shown, best))
+        yield [text, row, f"{part['n']} fakes"]
+
+
 def summary(results: dict[str, Result]) -> str:
     """What a reader asks first, in plain words, from the results that bear their task's name."""
     rows: list[list[Cell]] = []
     if found := results.get("detect"):
-        scorer = next(iter(found["scorers"].values()))
-        answers, overall = scorer["answers"], scorer["overall"]
-        rows += [
-            ["A fake gets a higher score than a photo (AUC: 1 is perfect, 0.5 is a coin)", overall["auc"],
-             f"{overall['n_fake']} fakes, {overall['n_real']} photos"],
-            ["Share of the pictures that get an answer", percent(answers["coverage"]), answers["coverage"]["n"]],
-            ["Share of these answers that is right", percent(answers["accuracy"]), answers["accuracy"]["n"]],
-            ["Share of all photos that is called fake", percent(answers["false_alarms"]), answers["false_alarms"]["n"]],
-            ["Share of all fakes that is called real", percent(answers["misses"]), answers["misses"]["n"]],
-        ]  # fmt: skip
+        rows += _of_verdicts(found)
     if found := results.get("rotation"):
         kinds = {
             "generator among known photos": "AUC on a held-out generator (four, three of them held out twice)",
@@ -309,16 +460,17 @@ def summary(results: dict[str, Result]) -> str:
         parts = areas["micro"]
         right = f"{100 * parts['precision']:.0f} %, {100 * parts['recall']:.0f} %"
         rows.append(["Named areas that were changed, changed areas that are named", right, f"{areas['n']} fakes"])
+    rows += _of_map(results.get("experts", {}))
     speed = results.get("speed", {"devices": []})
     for device in speed["devices"]:
-        warm = [comparison["ways"] for comparison in device["comparisons"] if comparison["name"].startswith("warm")]
+        warm = [comparison for comparison in device["comparisons"] if comparison["name"].startswith("warm")]
         text = f"Seconds for a verdict, and with the explanation of a fake ({device['device']}, {{}} threads)"
-        for ways in warm[:1]:
-            spent = ", ".join(_spread(way["seconds"], ".2f") for way in ways.values())
-            rows.append([text.format(speed["threads"]), spent, "–"])
+        for comparison in warm[:1]:
+            spent = ", ".join(_spread(way["seconds"], ".2f") for way in comparison["ways"].values())
+            rows.append([text.format(speed["threads"]), spent, f"{comparison['rounds']} rounds"])
     if not rows:
         return NOT_MEASURED
-    title = "Brackets hold 95 % intervals; of seconds, the range from the 10th to the 90th percentile."
+    title = "Brackets hold 95 % intervals; of seconds, what lies between the 10th and 90th percentile of the rounds."
     return Table(title, ["", "figure", "n"], rows).markdown()
 
 
@@ -329,6 +481,7 @@ TABLES: dict[str, tuple[str, Maker]] = {
     "describe": ("describe", describe),
     "experts": ("experts", experts),
     "robustness": ("experts", robustness),
+    "localisation": ("experts", localisation),
     "speed": ("speed", speed),
     "quality": ("quality", quality),
     "rotation": ("rotation", rotation),

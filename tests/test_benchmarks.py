@@ -140,6 +140,10 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
         for way in comparison["ways"].values():
             assert way["gflop"] > 0 and way["bound_seconds"] > 0 and way["seconds"]["median"] > 0
     page = tables.table("speed", {"s": result})
+    assert "python -m benchmarks.speed --rounds 1 --questions 4 --geometry toy --threads 1 --out FILE" in page
+    assert "between the 1 rounds of its row" in page and "--no-rationale" not in page  # a toy has no command
+    device["comparisons"].append(device["comparisons"][0] | {"name": "the command, from its start"})
+    assert "`x2dfd detect FILE --json --no-rationale` with one photo" in tables.table("speed", {"s": result})
     assert "4 cue questions" in page and "one by one, stock forward pass" in page and "% |" in page
     # The summary says what a warm call takes, and a toy has none.
     assert tables.table("summary", {"speed": result}) == tables.NOT_MEASURED
@@ -148,15 +152,16 @@ def test_every_comparison_of_a_model_runs_on_a_toy(tmp_path: Path) -> None:
 def test_the_summary_says_what_was_measured_on_what() -> None:
     """Bug prevented: seconds of a card or of other threads that stand in README as those of two cores."""
     ways = {"verdict": {"seconds": {"median": 0.12, "p10": 0.11, "p90": 0.13}}}
-    comparisons = [{"name": "a batch", "ways": {}}, {"name": "warm, one face", "ways": ways}]
+    comparisons = [{"name": "a batch", "ways": {}}, {"name": "warm, one face", "rounds": 3, "ways": ways}]
     devices = [{"device": name, "comparisons": comparisons} for name in ("cpu fp32", "cuda bf16")]
     page = tables.table("summary", {"speed": {"threads": 4, "devices": devices}})
-    assert page.count("0.12 [0.11–0.13]") == 2 and "cpu fp32, 4 threads" in page and "cuda bf16" in page
+    assert page.count("| 0.12 [0.11–0.13] | 3 rounds |") == 2 and "cpu fp32, 4 threads" in page and "cuda bf16" in page
     figure = {"value": 0.5, "interval": None, "n": 8, "groups": 3, "note": ""}
     answers = dict.fromkeys(("coverage", "accuracy", "false_alarms", "misses"), figure)
     scorer = {"answers": answers, "overall": {"auc": figure, "n_fake": 5, "n_real": 3}}
     page = tables.table("summary", {"detect": {"scorers": {"calibrated": scorer}}})
-    assert "| 5 fakes, 3 photos |" in page and page.count("| 50.0 % | 8 |") == 4
+    assert "| 5 fakes, 3 photos |" in page and page.count("| 50.0 % | 4 of 8 |") == 4
+    assert "called fake |" in page and "likely real" not in page  # the parts do not tell
     rotation = {"summary": {"generator": {"mean_auc": 0.8, "worst_auc": 0.55, "n": 7}}}
     assert "mean, worst | 0.80, 0.55 | 7 |" in tables.table("summary", {"rotation": rotation})
 

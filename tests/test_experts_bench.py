@@ -264,6 +264,7 @@ def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(
     data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held out of the last step, trained on by the expert that decides: no figure on unseen forgeries."""
+    monkeypatch.setattr(tables, "MIN_SLICE", 1)
     result = bench(data, model, tmp_path / "out", "--changes", "none")
     assert result["held_out"] == {"fusion": [], f"expert:{EXPERT}": [], f"expert:{POINTER}": []}
     assert "†" not in tables.table("experts", {"experts": result}).split("method blend*")[1]
@@ -275,10 +276,22 @@ def test_a_method_is_unseen_by_the_fusion_only_where_every_part_left_it_out(
     assert row.count("†") == 2
 
 
-def test_the_tables_hold_what_the_result_says(data: Path, model: Path, tmp_path: Path) -> None:
+def test_the_tables_hold_what_the_result_says(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Numbers of another column or of another metric under a heading; a figure of few pictures shown as certain."""
     result = bench(data, model, tmp_path / "out", "--changes", f"{FORMAT_SWAP},half")
-    texts = {name: tables.table(name, {"experts": result}) for name in ("experts", "robustness")}
+    assert "method blend" not in tables.table("experts", {"experts": result})  # of six fakes
+    monkeypatch.setattr(tables, "MIN_SLICE", 6)
+    texts = {name: tables.table(name, {"experts": result}) for name in ("experts", "robustness", "localisation")}
+    assert all(f" --changes {FORMAT_SWAP},half --out DIR`" in text for text in texts.values())
+    maps = result["localisation"]["maps"]
+    for name, part in maps.items():
+        figures = f"{tables.shown(part['auc'])} | {tables.shown(part['iou'])}"
+        assert f"| {name} | {figures} | 6 | 6 |" in texts["localisation"]
+    best = max(maps[name]["iou"]["value"] for name in (localisation.CENTRE, localisation.OVAL))
+    row = next(line for line in tables.table("summary", {"experts": result}).splitlines() if "The map" in line)
+    assert f"{maps[POINTER]['iou']['value']:.3f}" in row and f"{best:.3f}" in row and row.endswith("| 6 fakes |")
     auc = result["scorers"]["fusion"]["overall"]["auc"]
     cell = f"{auc['value']:.3f}{tables.FEW_MARK}"  # twelve groups
     assert f"| AUC | {cell} |" in texts["experts"] and f"| unchanged | {cell} |" in texts["robustness"]

@@ -476,6 +476,14 @@ def test_explanations_against_known_cues(runs: Runs) -> None:
     assert 0 < model["invented_on_reals"]["value"] < 0.5
     assert model["distinct_texts"] < 0.2 and model["unscored"] == {"no_face": 1, "not_an_image": 1}
     assert result["majority"] == [["jaw", "blending"]]
+    table = tables.table("describe", {"describe": result})
+    assert "| majority | " in table and "| template | " in table and "| model, blend | " in table
+    assert "majority, " not in table and "template, " not in table
+    scorers = result["scorers"] | {"template": majority}
+    alike = tables.table("describe", {"describe": result | {"scorers": scorers}})
+    assert "| majority = template | " in alike and "| template | " not in alike
+    f1 = tables.shown(model["areas"]["micro_f1"])
+    assert f"the area F1 of the texts (`model`) is {f1}, that of `expert:good` alone " in table
     # What an expert pointed at stands beside the text that was written with it in view.
     pointing = result["scorers"]["expert:good"]
     assert pointing["n_fake"] == model["n_fake"] and pointing["cues"]["micro"]["precision"] == 0.5
@@ -584,13 +592,42 @@ def test_readme_tables_follow_the_results(runs: Runs) -> None:
     text = readme.read_text("utf-8")
     assert text.startswith("# Title\n") and text.endswith("\n\nafter\n")
     assert "| AUC | calibrated = expert:good | mllm |" in text  # equal figures stand once
-    assert "method blend" in text and "| fake / real | groups |" in text
+    assert " | fakes called fake | photos called fake | fake / real | groups |" in text
+    assert "method blend" in text
     assert not differs()
     readme.write_text(text.replace("0.500", "0.501", 1), "utf-8")
     assert differs()
     readme.write_text("<!-- table:detekt -->\n<!-- /table -->\n", "utf-8")
     with raises("table_unknown", "detekt"):
         tables.main(False, [readme], results)
+
+
+def test_the_tables_say_what_was_called_fake_and_what_real(runs: Runs) -> None:
+    """A low AUC of one set beside a high one of another; a user who trusts "likely real" of a fake that was missed."""
+    runs(StandIn(shift=-0.15), "--limit", 38, "--seed", 3, "--by", "source,method,split")
+    result, rows = runs.result(), [row for row in runs.rows() if row["said"]]
+    label = {row["path"]: row for row in runs.manifest()}
+    said: dict[str, list[str]] = {"fake": [], "real": []}
+    of_gan = []
+    for row in rows:
+        about = label[f"p/{Path(row['path']).name}"]
+        said[about["label"]].append(row["said"])
+        of_gan += [row["said"]] if about["method"] == "gan" else []
+    page = tables.table("detect", {"val": result})
+    assert "run_bench.py detect --data MANIFEST --limit 38 --seed 3 --by source,method,split --out DIR`" in page
+    assert f"{result['data']['n']} pictures that `--limit 38` drew from manifest" in page
+    found = f"{said['fake'].count('fake')} of {len(said['fake'])}"
+    assert f" | {found}, " in page.split("**all**")[1].splitlines()[0]
+    assert f" | {of_gan.count('fake')} of {len(of_gan)}, " in page.split("method gan")[1].splitlines()[0]
+    real = f"{said['real'].count('real')} of {len(said['real'])}"
+    assert f"Photos called real: {real}, " in page
+    summary = tables.table("summary", {"detect": result})
+    assert f"called fake | {100 * said['fake'].count('fake') / len(said['fake']):.1f} %" in summary and found in summary
+    missed, right = (said[name].count("real") / len(said[name]) for name in ("fake", "real"))
+    [doubt] = [line for line in summary.splitlines() if "likely real" in line]
+    assert (
+        missed and f"| {100 * missed / (missed + right):.1f} %" in doubt and f"and {real} photos called real |" in doubt
+    )
 
 
 def test_a_result_of_unknown_origin_is_not_quoted() -> None:

@@ -56,6 +56,45 @@ def test_the_interval_of_a_gap_between_rates_covers_as_often_as_it_says(first: i
     assert min(chances) >= 0.93 and np.mean(chances) <= 0.985
 
 
+@pytest.mark.parametrize(("first", "second"), [(8, 40), (30, 60)])
+def test_the_interval_of_a_share_of_two_rates_covers_as_often_as_it_says(first: int, second: int) -> None:
+    """How far "likely real" can be trusted must not look more certain than the two rates behind it."""
+
+    def figures(trials: int) -> list[Measured]:
+        return [
+            Measured(k / trials, stats.binomial_interval(float(k), float(trials)), trials, trials)
+            for k in range(trials + 1)
+        ]
+
+    shares = [[stats.rate_share(a, b) for b in figures(second)] for a in figures(first)]
+    given = np.array([[share.interval is not None for share in row] for row in shares])
+    assert given[1:, 1:].all() and not given[0].any() and not given[:, 0].any()
+    chances = []
+    for p in (0.05, 0.1, 0.2, 0.4):
+        for q in (0.2, 0.5, 0.8):
+            weight = np.outer(binom.pmf(range(first + 1), first, p), binom.pmf(range(second + 1), second, q))
+            bounds = [[share.interval or (2.0, 2.0) for share in row] for row in shares]
+            held = np.array([[low <= p / (p + q) <= high for low, high in row] for row in bounds])
+            chances.append(float((weight * held).sum() / (weight * given).sum()))
+    assert min(chances) >= 0.93 and np.mean(chances) <= 0.985
+    assert stats.rate_share(Measured(0.1, (0.05, 0.2), 30, 30), Measured(0.3, None, 5, 2)).note == TOO_FEW
+    assert stats.rate_share(Measured(0.0), Measured(0.0)).value is None
+
+
+def test_a_rate_of_the_same_pictures_has_the_interval_of_their_groups() -> None:
+    """Another rate of the pictures of a result file must not count each of them as a group of its own."""
+    at = names(np.repeat(np.arange(40), np.random.default_rng(2).integers(1, 6, 40)))
+    hits = np.random.default_rng(3).random(len(at)) < 0.2
+    for known in (hits, ~hits, np.zeros(len(at), bool), np.ones(len(at), bool)):
+        for k in (0, 7, len(at)):
+            found = stats.rate_like(stats.rate(known.tolist(), at), k)
+            truth = stats.rate([i < k for i in range(len(at))], at)
+            assert (found.value, found.n, found.groups) == (truth.value, truth.n, truth.groups)
+            assert found.interval == pytest.approx(truth.interval, abs=1e-6)
+    few = stats.rate([True] * 3, ["a", "b", "c"])
+    assert stats.rate_like(few, 1) == Measured(1 / 3, None, 3, 3, TOO_FEW) and stats.rate_like(Measured(None), 0).n == 0
+
+
 def test_the_interval_of_a_rate_counts_groups_of_any_size() -> None:
     """Thirty frames of one clip counted as thirty pictures: an interval a fifth as wide as it should be."""
     rng = np.random.default_rng(0)
