@@ -807,10 +807,10 @@ def test_probes_learn_from_what_is_not_held_out(
     monkeypatch.setattr(probe, "BATCH", 1)
     counted = vars(probe)["clip_features"]
 
-    def cut_off(crops: Tensor) -> Any:
+    def cut_off(crops: Tensor, dtype: object) -> Any:
         if len(bright) == 17:
             raise KeyboardInterrupt
-        return counted(crops)
+        return counted(crops, dtype)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(probe, "clip_features", cut_off)
@@ -840,6 +840,20 @@ def test_probes_learn_from_what_is_not_held_out(
     monkeypatch.setattr(probe, "_fit", lambda features, *_: (np.zeros(features.shape[1], np.float32), np.float32(0)))
     probe.probe(**given, out=tmp_path / "layers")
     assert len(bright) > passes  # features of other layers are not taken for these
+
+
+def test_features_in_8_bits_are_kept_apart(
+    bright: list[int], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a card that says 8 bits of features that were computed in fp32, in the same folder."""
+    asked: list[object] = []
+    features = vars(probe)["clip_features"]
+    monkeypatch.setattr(probe, "clip_features", lambda crops, dtype: (asked.append(dtype), features(crops))[1])
+    for int8 in (False, True):
+        probe.probe([photos], tmp_path / "features", tmp_path / "out", views=1, int8=int8)
+        settings = read_card(tmp_path / "out" / "clip-probe.card.json").figures["settings"]
+        assert set(asked) == {torch.int8 if int8 else None} and settings.get("int8", False) is int8
+        asked.clear()
 
 
 def test_only_one_probe_learns_from_faces_made_as_a_whole(

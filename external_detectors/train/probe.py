@@ -63,6 +63,7 @@ def probe(
     leave_out: Annotated[str, typer.Option("--held-out", help="sources, generators and methods, comma-separated")] = "",
     views: Annotated[int, typer.Option(min=1, help="views of a picture: as it is, and augmented ones")] = 2,
     ridge: Annotated[float, typer.Option(help="penalty on the squared weights of standardised features")] = 0.1,
+    int8: Annotated[bool, typer.Option("--int8", help="CLIP in 8 bits: twice as quick on CPUs with VNNI")] = False,
     seed: int = 0,
     crop_workers: int = 1,
 ) -> None:
@@ -75,13 +76,14 @@ def probe(
     places = [place for place in pictures.all_rows if pictures.at(*place).split in ("", "train", "val")]
     all_views = [(k, i, v) for v in range(views) for k, i in places if not (v and pictures.at(k, i).split == "val")]
     with locked_folder(features, wait=True):
-        seen, (fake, photo, whole) = _features(pictures, all_views, features, seed)
+        seen, (fake, photo, whole) = _features(pictures, all_views, features, seed, int8)
     row_of = {view: row for row, view in enumerate(all_views)}
     rows = np.array([row_of[k, i, v] for v in range(views) for k, i in pictures.rows], np.intp)
     odds = np.tile(pictures.odds, views)
     val_rows = [row_of[k, i, 0] for k, i in pictures.validation_rows]
     val_samples = [pictures.at(k, i) for k, i in pictures.validation_rows]
     settings = {"data": [manifest_sha256(path) for path in data], "views": views, "ridge": ridge, "seed": seed}
+    settings |= {"int8": True} if int8 else {}
     for expert, n_features, covers, blind_spot in experts:
         all_kinds = "EFS" in covers
         used = photo[rows] & (all_kinds | ~fake[rows] | ~whole[rows])
@@ -132,7 +134,7 @@ def _trainable(samples: Sequence[Sample], out: Path) -> Sequence[tuple[str, int,
 
 
 def _features(
-    pictures: Pictures, all_views: Sequence[View], folder: Path, seed: int
+    pictures: Pictures, all_views: Sequence[View], folder: Path, seed: int, int8: bool
 ) -> tuple[NDArray[np.float16], list[NDArray[np.bool_]]]:
     """CLIP's features of each view, [n, FEATURES], and which views are fake, which are photographs (forged or not, but
     no drawings), and which were made as a whole or derived from such a picture. A cut-off run resumes."""
@@ -144,7 +146,8 @@ def _features(
         )
     base = file_sha256(require("base") / "model.safetensors")
     key = {"views": digest.hexdigest(), "features": VERSION, "layers": list(LAYERS), "seed": seed, "base": base}
-    key |= VIEWS | {"drawings": DRAWING_VERSION}
+    key |= VIEWS | {"drawings": DRAWING_VERSION} | ({"int8": True} if int8 else {})
+    dtype = torch.int8 if int8 else None
     shape = (len(all_views), FEATURES + 3)  # the last three: fake, photograph, whole
     cache = CachedArray(folder, "features.npy", key, shape)
     rows = cache.open()
@@ -153,7 +156,7 @@ def _features(
         items = [pictures.sample(k, i, np.random.default_rng([seed, v, k, i]) if v else None) for k, i, v in batch]
         crops = torch.from_numpy(np.stack([item[0] for item in items]))
         truth = np.array([[item[1], item[6], item[2] == KINDS.index("EFS")] for item in items], np.float16)
-        rows[start : start + BATCH] = np.concatenate([clip_features(crops).numpy().astype(np.float16), truth], 1)
+        rows[start : start + BATCH] = np.concatenate([clip_features(crops, dtype).numpy().astype(np.float16), truth], 1)
         if (start // BATCH) % 16 == 15 or start + BATCH >= len(all_views):
             cache.save(rows, min(start + BATCH, len(all_views)))
     return rows[:, :FEATURES], [rows[:, FEATURES + k] > 0 for k in range(3)]
