@@ -848,7 +848,12 @@ def test_features_in_8_bits_are_kept_apart(
     """Bug prevented: a card that says 8 bits of features that were computed in fp32, in the same folder."""
     asked: list[object] = []
     features = vars(probe)["clip_features"]
-    monkeypatch.setattr(probe, "clip_features", lambda crops, dtype: (asked.append(dtype), features(crops))[1])
+
+    def in_precision(crops: Tensor, dtype: object) -> Any:
+        asked.append(dtype)
+        return features(crops)
+
+    monkeypatch.setattr(probe, "clip_features", in_precision)
     for int8 in (False, True):
         probe.probe([photos], tmp_path / "features", tmp_path / "out", views=1, int8=int8)
         settings = read_card(tmp_path / "out" / "clip-probe.card.json").figures["settings"]
