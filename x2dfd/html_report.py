@@ -163,7 +163,7 @@ def next_steps(verdict: Verdict, video: bool = False) -> list[Step]:
 
 
 def _unanswered(kinds: Sequence[str]) -> str:
-    """How many files of how many got no answer, and why; "" where all or none of them got one and nothing differs."""
+    """How many files of how many got no answer, and why; "" where every file got one, or all have the same result."""
     whys = {
         "inconclusive": ("is", "are", "too uncertain"),
         "none": ("was", "were", "not assessed"),
