@@ -25,9 +25,10 @@ from app.pieces import STRIP, THUMB, Case, Progress, card, choices, curve, draw,
 from x2dfd import case as case_record
 from x2dfd.answer import in_words
 from x2dfd.errors import InputError, X2DFDError
+from x2dfd.figures import jpeg_uri
 from x2dfd.files import Json
 from x2dfd.follow_up import checked, from_report
-from x2dfd.html_report import jpeg_uri, render
+from x2dfd.html_report import render
 from x2dfd.media import Frame, Video, load_media
 from x2dfd.types import FaceReport, Failure, Report
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jinja2
 
+from x2dfd import curve as over_time
 from x2dfd.answer import (
     KINDS_SAID,
     NEXT_STEPS,
@@ -27,18 +28,8 @@ from x2dfd.answer import (
 )
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import expert_class
-from x2dfd.html_report import (
-    PROVENANCE,
-    UNCOUNTED,
-    closer,
-    jpeg_uri,
-    letter_places,
-    marked_areas,
-    overlays,
-    pages,
-    points_at,
-    strongest_sign,
-)
+from x2dfd.figures import closer, jpeg_uri, letter_places, marked_areas, overlays, points_at
+from x2dfd.html_report import PROVENANCE, UNCOUNTED, pages, strongest_sign
 from x2dfd.media import Video, load_media
 from x2dfd.statements import CAVEAT, LEAD, of_generator
 from x2dfd.texts import origin
@@ -48,7 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from x2dfd.html_report import Pictures
+    from x2dfd.figures import Pictures
 
 STRIP = 8  # the latest frames, shown while a clip is judged
 THUMB = 160  # side of a small picture, in pixels
@@ -128,18 +119,9 @@ def face_panel(case: Case, index: int | None) -> str:
 def curve(case: Case, index: int | None) -> str:
     """A clip's probability over its frames, each a button that shows the frame; nothing for a photo."""
     numbers = [number for number in case.pictures if number is not None]
-    if len(numbers) < 2:
-        return ""
-    frames = Progress()
-    for face in case.report.faces:
-        frames.face(face)
-    count, current = len(numbers), case.face(index)
-    steps = [
-        {"face": f, "left": 100 * k / count, "width": 100 / count, "now": current and number == current.frame}
-        for k, number in enumerate(numbers)
-        if (f := frames.worst.get(number)) is not None and f.verdict.p_fake is not None
-    ]
-    return draw("curve", steps, band(case.report.model)) if steps else ""
+    current = case.face(index)
+    drawn = over_time.curve(case.report, numbers, {current.frame} if current else ())
+    return draw("curve", drawn) if drawn else ""
 
 
 def table(files: Sequence[tuple[str, Report | Failure]], total: int, current: int | None = None) -> str:
@@ -172,7 +154,8 @@ def _blind_spot(expert: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = pages(jinja2.FileSystemLoader(Path(__file__).parent))
+    own, shared = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.PackageLoader("x2dfd")
+    environment = pages(jinja2.ChoiceLoader([own, shared]))
     environment.filters |= {"percent": percent, "band": band, "kind": status, "blind_spot": _blind_spot}
     environment.globals |= {
         "WORDS": WORDS,

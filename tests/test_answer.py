@@ -91,7 +91,7 @@ def test_a_frame_counts_by_its_worst_face_and_that_face_has_one_number() -> None
     assert one.decider is worst and number(worst, one) == 3
     assert "face 3 of 3, at 2.0 s" in block(one)
     shown = page(one).text
-    assert "Why: face 3, frame 48, 2.0 s" in shown and "Face 3, frame 48, 2.0 s" in shown and "Face 6" not in shown
+    assert "Why: face 3, 2.0 s (frame 48)" in shown and "Face 3, 2.0 s (frame 48)" in shown and "Face 6" not in shown
     assert pieces.named(worst, one) == "At 2.0 s, face 3"
 
 

@@ -37,7 +37,8 @@ from x2dfd import case as case_record
 from x2dfd import follow_up
 from x2dfd.answer import status
 from x2dfd.errors import InputError, SetupError
-from x2dfd.html_report import UNCOUNTED, points_at
+from x2dfd.figures import points_at
+from x2dfd.html_report import UNCOUNTED
 from x2dfd.media import Frame, Video, load_media, media_summary
 from x2dfd.model_spec import ModelSpec
 from x2dfd.statements import CAVEAT, LEAD

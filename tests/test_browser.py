@@ -309,7 +309,9 @@ def test_the_case_report_can_be_read_on_every_screen(
     (tmp_path / "report.html").write_text(case_report())
     tab = tabs((tmp_path / "report.html").as_uri(), size, scheme)
     looks_right(tab, "report", scheme)
-    assert tab.get_by_role("columnheader", name="Chance of a fake").bounding_box()["height"] < 45  # one line
+    column, drawn, chip = (tab.locator(s).first.bounding_box() for s in (".figures", ".picture", ".chip"))
+    assert drawn["width"] == pytest.approx(column["width"], abs=1)  # scaled to the column
+    assert drawn["x"] <= chip["x"] and chip["x"] + chip["width"] <= drawn["x"] + drawn["width"] and chip["height"] > 15
     overlay = tab.locator("image.map")
     expect(overlay).to_be_visible()  # of a face that is called fake, and it points at something
     tab.get_by_role("checkbox", name="Map of where a change").uncheck()

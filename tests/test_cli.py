@@ -536,7 +536,8 @@ def test_report_page_has_a_section_and_a_picture_per_file(run: Run, photos: Path
     page = tmp_path / "page.html"
     assert run("detect", photos / "a.png", tmp_path / "gone.jpg", photos / "b.png", "--report", page).exit_code == 0
     html = page.read_text("utf-8")
-    assert html.count('<details class="file"') == 3 and html.count('src="data:image/jpeg;base64,') == 2
+    assert html.count('<details class="file"') == 3 and html.count('src="data:image/jpeg;base64,') == 4
+    assert html.count('<div class="picture"') == html.count('<img class="thumb"') == 2  # a large and a small one each
     assert "<b>blended</b>" not in html and "&lt;b&gt;blended" in html
 
 

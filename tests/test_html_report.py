@@ -18,10 +18,12 @@ from PIL import Image
 from skimage import data
 
 from tests.raising import raises
-from x2dfd import html_report
+from x2dfd import answer, figures, html_report
+from x2dfd.curve import curve
 from x2dfd.errors import SetupError
 from x2dfd.explain import read_cues
 from x2dfd.files import write_bytes
+from x2dfd.paths import shown_names
 from x2dfd.statements import LEAD
 from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
 
@@ -79,6 +81,15 @@ VALIDATION: dict[str, Any] = {
 }  # fmt: skip
 
 
+_TIMES = ((0, 0.1, Verdict("real", 0.1)), (20, 1.0, Verdict("fake", 0.9)), (30, 1.5, Verdict("fake", 0.8)))
+CLIP = report(
+    path="clip.mp4",
+    media={"kind": "video", "width": 512, "height": 512, "frames": [0, 10, 20, 30]},  # no face in frame 10
+    faces=tuple(face(index=k, frame=n, time_s=t, verdict=v) for k, (n, t, v) in enumerate(_TIMES)),
+    verdict=Verdict("fake", 0.9),
+)
+
+
 class Page(HTMLParser):
     """Tags with their attributes, and the visible text."""
 
@@ -132,15 +143,23 @@ def test_hostile_text_in_any_field_stays_text() -> None:
     hostile = report(path=f"{HOSTILE}.jpg", faces=(one,), verdict=one.verdict, **said)
     seen = page(hostile, Failure(HOSTILE, None, HOSTILE, HOSTILE))
     assert not seen.all("script")
-    assert [tag["src"][:22] for tag in seen.all("img") if tag["src"]] == ["data:image/jpeg;base64"]
+    shown = [tag["src"][:22] for tag in seen.all("img") if tag["src"]]
+    assert shown == 2 * ["data:image/jpeg;base64"]  # in the list, and large
+    assert {tag["href"] for tag in seen.all("a")} == set(html_report.SERVICES.values())
     assert not [name for _, attrs in seen.tags for name in attrs if name.startswith("on")]
     assert "alert(2)" in seen.text and "{{ 7*7 }}" in seen.text
 
 
 def test_page_asks_nothing_from_anywhere() -> None:
-    """A report opened in a newsroom must not tell a server which picture is being looked at."""
-    html = html_of(report())
+    """A report opened in a newsroom must not tell a server which picture is being looked at, nor a linked page who
+    sends its reader."""
+    html = html_of(report(), CLIP)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in html
+    for link in Page(html).all("a"):
+        assert link == {"href": link["href"], "rel": "noreferrer noopener"}
+    for address in html_report.SERVICES.values():
+        assert f'<a href="{address}"' in html
+        html = html.replace(f'<a href="{address}"', "<a")
     for tag, attrs in Page(html).tags:
         assert tag not in {"script", "link", "iframe", "object", "embed", "base", "form"}
         for name in ("src", "href", "xlink:href", "action", "data"):
@@ -236,21 +255,24 @@ def test_video_shows_its_most_suspicious_frames_and_names_the_rest() -> None:
     media = {"kind": "video", "width": 512, "height": 512, "frames": [10 * i for i in range(8)]}
     video = report(faces=faces, media=media)
     seen = page(video, pictures=[{10 * i: ASTRONAUT for i in range(8)}])
-    shown = seen.all("img")  # the worst first and large, the others beneath it
-    assert [(tag["alt"] or "").split(":")[0] for tag in shown] == [f"Frame {n}" for n in range(70, 10, -10)]
+    shown = seen.all("img")  # the worst first and large, the others beneath it, by time
+    whens = ["3.5 s (frame 70)", "1.0 s (frame 20)", "1.5 s (frame 30)", "2.0 s (frame 40)", "2.5 s (frame 50)"]
+    assert [(tag["alt"] or "").split(":")[0] for tag in shown] == [f"At {t}" for t in [*whens, "3.0 s (frame 60)"]]
+    assert "Most suspicious frame: 3.5 s (frame 70), likely fake" in seen.text
+    assert "1.0 s (frame 20), likely fake" in seen.text
     assert "Faces, signs and experts (explained in 6 of 8 frames)" in seen.text and "(1 face)" in page(report()).text
     assert seen.all("div", **{"class": "strip"}) and not page(report()).all("div", **{"class": "strip"})
     wide = {10 * i: np.zeros((400, 1000, 3), np.uint8) for i in range(8)}
     sizes = [picture_in(tag["src"]).width for tag in page(video, pictures=[wide]).all("img")]
-    assert sizes == [1000] + 5 * [html_report.STRIP_SIDE]
-    assert "Faces in other frames (2)" in seen.text and "frame 10, 0.5 s 1 Likely fake 76 %" in seen.text
+    assert sizes == [1000] + 5 * [figures.STRIP_SIDE]
+    assert "Faces in other frames (2)" in seen.text and "0.5 s (frame 10) 1 Likely fake 76 %" in seen.text
 
 
 def test_letters_of_areas_that_share_a_centre_stand_apart() -> None:
     """Bug prevented: nose and skin are both marked, and B hides A."""
     both = {"nose": [ellipse(226, 118, 14, 20)], "skin": [ellipse(227, 119, 40, 60)]}
     one = face(areas=both, cues=(Cue("nose", "noise"), Cue("skin", "noise")))
-    [(x, y)], [(a, b)] = html_report.letter_places(one, 17.0, 300.0).values()
+    [(x, y)], [(a, b)] = figures.letter_places(one, 17.0, 300.0).values()
     assert (x, y) == pytest.approx((226, 118)) and a == pytest.approx(227) and b - y >= 17
 
 
@@ -263,9 +285,9 @@ def test_a_page_holds_what_a_record_needs() -> None:
     for fact in ("8f2b" * 16, "JPEG", "512 x 512 pixels", "The explanation contradicts the findings"):
         assert fact in text
     assert "contradicts" not in page(report(faces=(face(contradictions=()),))).text
-    many = page(*[report(path=f"{i}.jpg") for i in range(33)], pictures=[None] * 33)  # an index, and a section each
-    assert len(many.all("details", **{"class": "file"})) == 33
-    assert {a["href"] for a in many.all("a")} >= {f"#open-{i}" for i in range(1, 34)}
+    many = page(*[report(path=f"{i}.jpg") for i in range(33)], pictures=[None] * 33)  # each once
+    assert len(many.all("details", **{"class": "file"})) == 33 and not many.all("nav")
+    assert [many.text.count(f" {i}.jpg") for i in range(33)] == [1] * 33
     # The answer and what to do next stand before what is folded.
     html = html_of(report(verdict=Verdict("fake", 0.93, None, "part")))
     first, *_ = html.split("<details")
@@ -331,13 +353,13 @@ def test_an_experts_map_can_be_laid_over_the_picture() -> None:
 def test_a_small_face_is_enlarged_to_the_middle_and_leaves_no_blank_edge() -> None:
     """In a wide picture the marks lie on a few pixels; enlarged about a wrong point, the face is out of sight."""
     for x in (0.0, 400.0, 950.0):
-        style = html_report.closer(face(box=(x, 300.0, 50.0, 60.0)), 1000.0, 800.0)
+        style = figures.closer(face(box=(x, 300.0, 50.0, 60.0)), 1000.0, 800.0)
         found = {name: float(value.rstrip("%")) for name, value in re.findall(r"--(\w+):([\d.]+%?)", style)}
         scale, fixed = found["scale"], 10 * found["x"]
         left, right = (fixed + scale * (at - fixed) for at in (x, x + 50))
         assert scale > 5 and left >= -1 and right <= 1001  # the face is in sight
         assert 0 <= fixed <= 1000 and (x != 400.0 or abs((left + right) / 2 - 500) < 5)
-    assert html_report.closer(face(box=(100.0, 100.0, 500.0, 600.0)), 1000.0, 800.0) == ""
+    assert figures.closer(face(box=(100.0, 100.0, 500.0, 600.0)), 1000.0, 800.0) == ""
 
 
 def test_the_weight_of_a_score_stands_with_propositions_interval_and_limits() -> None:
@@ -417,6 +439,111 @@ def test_pdf_comes_from_a_printer_or_says_what_to_install(tmp_path: Path, monkey
     with raises("print_failed"):
         html_report.write_pdf(out, "other")
     assert out.read_bytes() == b"%PDF<p>page</p>"
+
+
+def test_a_page_names_no_folder_above_its_files() -> None:
+    """Bug prevented: heading, tab and failures of a report that is passed on name a source, or the user's home."""
+    source = "/people/anna/source-Mueller"
+    html = html_of(report(path=f"{source}/g.jpg"))
+    assert "anna" not in html and "Mueller" not in html and "<title>x2dfd report: g.jpg</title>" in html
+    broken = Failure(f"{source}/b.jpg", None, "failed", f"decoding failed: [Errno 5] {source}/b.jpg")
+    html = html_of(report(path=f"{source}/sub/g.jpg"), broken, report(path=None))
+    assert "anna" not in html and "Mueller" not in html
+    assert "<bdi>sub/g.jpg</bdi>" in html and "<bdi>b.jpg</bdi>" in html and "[Errno 5] b.jpg" in html
+
+
+def test_files_are_called_by_their_path_from_the_common_folder() -> None:
+    """Bug prevented: two files of one name that nobody can tell apart; a name with the whole path of a folder that
+    holds everything, or an error where paths cannot be compared."""
+    for paths, names in (
+        (["/people/anna/a.jpg"], ["a.jpg"]),
+        (["a.jpg", "/nowhere/b.jpg"], ["a.jpg", "b.jpg"]),
+        (["/people/anna/x/a.jpg", "/people/anna/x/y/a.jpg", None], ["a.jpg", "y/a.jpg", None]),
+        (["/people/anna/a.jpg", "/mnt/b.jpg"], ["a.jpg", "b.jpg"]),  # nothing in common
+        (["/people/anna/a.jpg", "/mnt/a.jpg"], ["anna/a.jpg", "mnt/a.jpg"]),
+        (["/a.jpg", "/mnt/a.jpg", "/mnt/a.jpg"], ["a.jpg", "mnt/a.jpg", "mnt/a.jpg"]),
+        (["x/a.jpg", "y/a.jpg"], ["x/a.jpg", "y/a.jpg"]),
+        ([""], [""]),
+        (["/"], ["/"]),
+        ([], []),
+    ):
+        assert shown_names(paths) == names
+
+
+def test_a_clips_page_has_its_curve() -> None:
+    """Bug prevented: a page that hides when a clip turns; a line through frames in which nobody is seen; a point at
+    another height than its number."""
+    html = html_of(CLIP, pictures=[{n: ASTRONAUT for n, *_ in _TIMES}])
+    [plot] = Page(html).all("div", **{"class": "plot"})
+    assert plot["role"] == "img" and "highest 90 % at 1.0 s, lowest 10 % at 0.1 s; 2 frames look fake" in str(plot)
+    assert re.findall(r'class="dot on-(\w+)" d="M([\d. ]+)h', html) == [
+        ("real", "12.50 90.00"), ("fake", "62.50 10.00"), ("fake", "87.50 20.00")
+    ]  # fmt: skip
+    assert re.findall(r'<polyline points="([^"]+) "', html) == ["62.50,10.00 87.50,20.00"]  # none in the second frame
+    assert '<rect class="band" x="0" width="100" y="28.0" height="37.0"/>' in html
+    assert html.count('<path class="marked"') == 3 and "0.1 s" in html and "1.5 s" in html
+    assert 'class="plot"' in html_of(CLIP, pictures=[None]) and 'class="plot"' not in html_of(report())
+    none = replace(CLIP, faces=tuple(replace(f, verdict=Verdict("inconclusive", None, "x")) for f in CLIP.faces))
+    assert curve(none, [0, 10, 20, 30]) is None and curve(CLIP, [0]) is None
+
+
+def test_files_are_listed_once_the_likeliest_fakes_first() -> None:
+    """Bug prevented: the one forgery among thirty files stands in the middle, between files that nobody could judge."""
+    p_of = {"a": 0.1, "b": 0.5, "c": 0.8, "d": 0.95, "e": 0.6}
+    labels = {"a": "real", "b": "inconclusive", "c": "fake", "d": "fake", "e": "inconclusive"}
+    reports: list[Report | Failure] = []
+    for name, p in p_of.items():
+        verdict = Verdict(labels[name], p, None, "whole" if name == "d" else None)  # type: ignore[arg-type]
+        reports.append(report(path=f"{name}.jpg", verdict=verdict, faces=(face(verdict=verdict),)))
+    reports.insert(0, report(path="n.jpg", verdict=Verdict("inconclusive", None, "no_face"), faces=()))
+    reports.insert(0, Failure("x.txt", None, "not_an_image", "no picture"))
+    html = html_of(*reports)
+    assert re.findall(r"<bdi>([^<]+)</bdi>", html) == [f"{c}.jpg" for c in "dcaebn"] + ["x.txt"]
+    seen = page(*reports)
+    for line in ("Likely fake (2)", "Likely fake: made as a whole by a generator, 95 % chance of a fake"):
+        assert line in seen.text
+    assert "4 of 7 files got no answer: 2 are too uncertain, 1 was not assessed, 1 was not judged." in seen.text
+    assert len(seen.all("img", **{"class": "thumb"})) == 6 and len(seen.all("span", **{"class": "thumb"})) == 1
+    small = picture_in(seen.all("img", **{"class": "thumb"})[0]["src"])
+    assert small.size == (figures.THUMB, figures.THUMB)
+    assert "files got no answer" not in page(report(), report()).text + page(report()).text
+
+
+def test_thumbnail_shows_the_face_that_decides() -> None:
+    """Bug prevented: a wide picture's middle, without its face, is what stands for it; of a clip any frame."""
+    wide = np.hstack([ASTRONAUT, np.zeros((512, 1536, 3), np.uint8)])
+    made = figures.thumbnail(report(media=report().media | {"width": 2048}), wide)
+    assert made is not None and picture_in(made["uri"]).size == (384, 96)
+    assert (round(made["x"]), round(made["y"])) == (11, 26)
+    frames = {n: np.full((64, 64, 3), n, np.uint8) for n in (0, 10, 20, 30)}
+    shown = figures.thumbnail(CLIP, frames)
+    assert shown is not None and np.asarray(picture_in(shown["uri"]))[0, 0, 0] == 20
+    assert figures.thumbnail(CLIP, {}) is None and figures.thumbnail(report(), None) is None
+
+
+def test_labels_keep_their_size_on_pictures_of_any_size() -> None:
+    """Bug prevented: a picture of 170 pixels in a column of 460, with words that shrink or grow with it."""
+    html = html_of(report(), pictures=[np.ascontiguousarray(ASTRONAUT[::3, ::6])])
+    assert "--ratio:0.50" in html  # the column's width, as far as that is not too high
+    assert re.search(r'<text class="letter" x="44\.\d+%" y="34\.\d+%"', html) and "font-size=" not in html
+    [chip] = Page(html).all("span", **{"class": "chip"})
+    assert chip["class"] == "chip on-fake above" and "--left:33.59%;--top:12.89%" in str(chip["style"])
+    low = html_of(report(faces=(face(box=(0.0, 10.0, 100.0, 200.0)),)))
+    assert 'class="chip on-fake"' in low and "--top:41.02%" in low  # beneath the box, not on the forehead
+
+
+@pytest.mark.parametrize("kind", ["fake", "real", "inconclusive", "none"])
+def test_next_steps_go_with_the_answer(kind: str) -> None:
+    """Bug prevented: who gets no answer reads what to do about a fake; a step that is lost in another order."""
+    p = None if kind == "none" else 0.5
+    verdict = Verdict("inconclusive" if p is None else kind, p, "no_face" if p is None else None)  # type: ignore[arg-type]
+    steps = html_report.next_steps(verdict)
+    assert steps[0].text == html_report.FIRST_STEPS[kind]
+    assert sorted(step.text for step in steps[1:]) == sorted(answer.NEXT_STEPS)
+    assert {address for step in steps for _, address in step.links} == set(html_report.SERVICES.values())
+    text = page(report(verdict=verdict, faces=() if p is None else (face(verdict=verdict),))).text
+    assert html_report.FIRST_STEPS[kind] in text and "TinEye" in text and "Google Lens" in text
+    assert any("single frame" in step.text for step in html_report.next_steps(verdict, video=True))
 
 
 def test_odd_characters_are_spelled_out(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from x2dfd.errors import SetupError, X2DFDError, first_line
 from x2dfd.experts import cards
 from x2dfd.files import Json, json_sha256, parse_json
 from x2dfd.model_spec import Dtype, Mode
+from x2dfd.paths import shown_names
 from x2dfd.provenance import CREDENTIALS
-from x2dfd.types import Card, Failure, ModelInfo, Report, frames_asked
+from x2dfd.types import Card, Failure, ModelInfo, Report, frames_asked, renamed
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
@@ -52,13 +53,13 @@ class Verification:
 
 
 def record(results: Sequence[Report | Failure]) -> Json:
-    """The case record as plain values, sealed."""
+    """The case record as plain values, sealed. Its paths are those of the page: `verify` needs the SHA-256 alone."""
     experts = {e.expert for r in results if isinstance(r, Report) for f in r.faces for e in f.evidence}
     contents: Json = {
         "format": FORMAT,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "statement": NOT_PROOF,
-        "reports": [r.to_dict() for r in results],
+        "reports": [r.to_dict() for r in renamed(results, shown_names([r.path for r in results]))],
         "cards": {name: card.to_dict() for name, card in cards(experts).items() if isinstance(card, Card)},
         "limits": LIMITS,
         "next_steps": list(NEXT_STEPS),

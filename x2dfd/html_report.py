@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import shutil
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jinja2
-import numpy as np
 
 from x2dfd import answer, texts
 from x2dfd.answer import LIMITS, NEXT_STEPS, NOT_PROOF, percent, shown
+from x2dfd.curve import curve
 from x2dfd.errors import SetupError
 from x2dfd.experts import cards
+from x2dfd.figures import figures, frames_shown, marked_areas, moment, prefix_of, thumbnail
 from x2dfd.files import Json, write_bytes
+from x2dfd.paths import shown_names
 from x2dfd.statements import CAVEAT, LEAD, of_generator
-from x2dfd.types import Card, Cue, FaceReport, Failure, ModelInfo, Report
-from x2dfd.worker import isolated
+from x2dfd.types import Card, Cue, FaceReport, Failure, ModelInfo, Report, Verdict, renamed
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Pictures = NDArray[np.uint8] | Mapping[int, NDArray[np.uint8]] | None
-
-MAX_SIDE = 1200  # longest side of an embedded picture, in pixels
-MAX_FRAMES = 6  # frames shown of a video, the most suspicious ones
-STRIP_SIDE = 640  # of those behind the first, which stand in a strip
-COLOURS = ("#e69f00", "#56b4e9", "#00a878", "#f0e442", "#4d8fe0", "#e0663a", "#d98bb8")  # apart for most colour vision
+    from x2dfd.figures import Pictures
 
 PROVENANCE = {
     "absent": "The file carries no Content Credentials (C2PA). Most files do not; this is no sign of forgery.",
@@ -48,30 +41,35 @@ PROVENANCE = {
 
 UNCOUNTED = "Has no weight of its own in the verdict."
 
-
-@isolated
-def shrunk(source: Path | bytes, frames: int, wanted: set[int | None]) -> tuple[str, Pictures]:
-    """The file's SHA-256, and the picture, or the wanted ones of a clip's `frames`, as the page has them.
-
-    They are shrunk at once, as a thousand camera photos would fill the memory. Raises InputError.
-    """
-    from x2dfd.media import Frame, Picture, load_media
-
-    def keep(frame: Frame) -> Frame:
-        pixels = _shrunk(frame.pixels, MAX_SIDE) if frame.index in wanted else frame.pixels[:0]
-        return replace(frame, pixels=pixels)
-
-    media = load_media(source, max_frames=frames, keep=keep)
-    if isinstance(media, Picture):
-        return media.sha256, _shrunk(media.pixels, MAX_SIDE)
-    return media.sha256, {frame.index: frame.pixels for frame in media.frames if frame.index in wanted}
+SERVICES = {
+    "TinEye": "https://tineye.com/",
+    "Google Lens": "https://lens.google.com/",
+    "Content Credentials Verify": "https://contentcredentials.org/verify",
+}
+"""Pages that the next steps name. The report only links to them: nothing is asked there before a reader clicks."""
+FIRST_STEPS = {
+    "fake": "Look at the face yourself, and find out whether the picture was only retouched or filtered: that causes "
+    "false alarms.",
+    "real": "Check place, date and caption: only the faces were judged, and a real photo can be shown with a false "
+    "story.",
+    "inconclusive": "Look for another picture or clip of the same moment, and judge that: it may give an answer.",
+    "none": "Check what the picture shows by other means, such as its place, its date and any writing in it: nothing "
+    "of it was judged.",
+}
+"""By kind of answer, what to do before what every answer needs (x2dfd.answer.NEXT_STEPS)."""
+NEXT_ORDER = {"inconclusive": (2, 0, 1, 3), "real": (1, 0, 2, 3)}
+"""By kind of answer, the order of NEXT_STEPS where it is another: an original may give an answer where there is none,
+and a real photo misleads by where it is shown."""
+GROUPS = (*answer.WORDS,)  # files in a list, by their answer: those without one last
 
 
 def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) -> str:
     """The HTML page for `reports`, a section each.
 
     `pictures` beside `reports`: pixels [H, W, 3] uint8 RGB at any scale, of a video by frame number, or None for none.
+    Several files are listed by their answers, the likeliest fakes first, under their paths from their common folder.
     """
+    reports = renamed(reports, shown_names([report.path for report in reports]))
     experts = dict.fromkeys(e.expert for r in reports if isinstance(r, Report) for f in r.faces for e in f.evidence)
     expert_cards = cards(experts)
     blind_spots = {name: card.blind_spot for name, card in expert_cards.items() if isinstance(card, Card)}
@@ -81,6 +79,7 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
         _failure(report) if isinstance(report, Failure) else _section(report, picture, {} if shared else blind_spots)
         for report, picture in zip(reports, pictures, strict=True)
     ]
+    listed = sorted(sections, key=lambda s: (GROUPS.index(s["kind"]), -s["p_fake"]))
     template = pages(jinja2.PackageLoader("x2dfd")).get_template("report.html.jinja")
     html = template.render(
         cards=[card for name in experts if isinstance(card := expert_cards.get(name), Card)],
@@ -89,8 +88,9 @@ def render(reports: Sequence[Report | Failure], pictures: Sequence[Pictures]) ->
         limits=_limits(sections),
         judged=any(s.get("scale") for s in sections),
         counted=answer.counted(s["kind"] for s in sections),
-        steps=NEXT_STEPS,
-        sections=sections,
+        unanswered=_unanswered([s["kind"] for s in sections]),
+        groups=[(kind, answer.WORDS[kind], [s for s in listed if s["kind"] == kind]) for kind in GROUPS],
+        sections=listed,
         not_proof=NOT_PROOF,
         lead=LEAD,
         caveat=CAVEAT,
@@ -139,6 +139,44 @@ def write_pdf(path: str | os.PathLike[str], html: str) -> None:
     write_bytes(Path(path), data)
 
 
+@dataclass(frozen=True)
+class Step:
+    """Something to do next, and pages that help with it: a name and an address each."""
+
+    text: str
+    links: tuple[tuple[str, str], ...] = ()
+
+
+def next_steps(verdict: Verdict, video: bool = False) -> list[Step]:
+    """What to do after an answer, in an order that goes with it."""
+    search, published, original, opinion = NEXT_STEPS
+    searched, credentials = (("TinEye", "Google Lens"), ("Content Credentials Verify",))
+    still = " Of a clip, search for a single frame." if video else ""
+    steps = [
+        Step(search + still, tuple((name, SERVICES[name]) for name in searched)),
+        Step(published),
+        Step(original, tuple((name, SERVICES[name]) for name in credentials)),
+        Step(opinion),
+    ]
+    kind = answer.status(verdict)
+    return [Step(FIRST_STEPS[kind]), *(steps[k] for k in NEXT_ORDER.get(kind, range(len(steps))))]
+
+
+def _unanswered(kinds: Sequence[str]) -> str:
+    """How many files of how many got no answer, and why; "" where every file got one, or all have the same result."""
+    whys = {
+        "inconclusive": ("is", "are", "too uncertain"),
+        "none": ("was", "were", "not assessed"),
+        "failed": ("was", "were", "not judged"),
+    }
+    n = Counter(kinds)
+    counts = [f"{n[kind]} {one if n[kind] == 1 else more} {why}" for kind, (one, more, why) in whys.items() if n[kind]]
+    if not counts or len(n) < 2:
+        return ""
+    total = sum(n[kind] for kind in whys)
+    return f"{total} of {len(kinds)} files got no answer: {', '.join(counts)}."
+
+
 def _limits(sections: Sequence[Json]) -> dict[str, str]:
     """What a reader of these sections must know: nothing of estimates where there are none."""
     if not any(s.get("scale") for s in sections):
@@ -153,6 +191,9 @@ def _failure(failure: Failure) -> Json:
         "kind": "failed",
         "word": answer.WORDS["failed"],
         "p": "",
+        "p_fake": 0.0,
+        "of_kind": None,
+        "thumbnail": None,
         "reason": failure.reason,
         "technical": [("Code", failure.code), ("SHA-256", failure.sha256 or "the file could not be read")],
     }
@@ -162,13 +203,14 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
     model, verdict = report.model, report.verdict
     calibrated = model.get("mode") != "paper"
     decider = report.decider
-    frames = _frames(report.faces)
+    frames = frames_shown(report.faces)
     detailed = [face for face in report.faces if face.frame is None or face.frame in frames]
     return {
         "name": report.path or "(picture given as bytes)",
         "kind": answer.status(verdict),
         "word": answer.word(verdict),
-        "p": percent(verdict.p_fake) if verdict.p_fake is not None else "",
+        "p": answer.estimate(verdict, model) if verdict.p_fake is not None else "",
+        "p_fake": verdict.p_fake or 0.0,
         "of_kind": answer.KINDS_SAID.get(verdict.kind or "") if verdict.label == "fake" else None,
         "decider": _face(decider, True, report, blind_spots) if decider else None,
         "sign": strongest_sign(report),
@@ -176,16 +218,19 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "remarks": answer.remarks(report),
         "calibrated": calibrated,
         "scale": _scale(verdict.p_fake, answer.band(model), model.get("threshold")),
-        "figures": list(_figures(report, picture)),
+        "figures": list(figures(report, picture)),
+        "thumbnail": thumbnail(report, picture),
+        "curve": curve(report, report.media.get("frames") or sorted(frames), frames),
+        "steps": next_steps(verdict, report.media.get("kind") == "video"),
         "faces": [_face(face, face is decider, report, blind_spots) for face in detailed],
         "extent": _extent(report, frames),
         "briefly": [
             (
-                _moment(face),
+                moment(face),
                 answer.number(face, report),
                 answer.status(face.verdict),
                 answer.word(face.verdict),
-                percent(face.verdict.p_fake),
+                answer.estimate(face.verdict, model),
             )
             for face in report.faces
             if face not in detailed
@@ -216,7 +261,7 @@ def _technical(report: Report) -> Iterator[tuple[str, str]]:
     if decoded := answer.decoding(report):
         yield "Decoding", decoded
     if band := answer.band(model):
-        yield "Thresholds", f"no answer from {percent(band[0])} to {percent(band[1])}"
+        yield "Thresholds", f"no answer from {answer.bound(band[0])} to {answer.bound(band[1])}"
     elif (threshold := model.get("threshold")) is not None:
         yield "Threshold", f"fake from {percent(threshold)}"
 
@@ -247,15 +292,6 @@ def _sure_to(cue: Cue, face: FaceReport, report: Report) -> list[float | None]:
     ]
 
 
-def _frames(faces: Sequence[FaceReport]) -> list[int]:
-    """The frames of a video that are shown: the most suspicious ones, the worst first."""
-    suspicion: dict[int, float] = {}
-    for face in faces:
-        if face.frame is not None:
-            suspicion[face.frame] = max(suspicion.get(face.frame, 0.0), face.verdict.p_fake or 0.0)
-    return sorted(suspicion, key=lambda frame: -suspicion[frame])[:MAX_FRAMES]
-
-
 def _extent(report: Report, frames: Sequence[int]) -> str:
     """How many faces of a picture, or frames of a clip, are explained: a face in six frames is not six faces."""
     if not frames:
@@ -280,7 +316,7 @@ def _scale(p: float | None, band: Sequence[float] | None, threshold: float | Non
 
 
 def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[str, str]) -> Json:
-    prefix = _prefix(face, report)
+    prefix = prefix_of(face, report)
     letters = {area: prefix + letter for area, letter, _ in marked_areas(face)}
     cues = []
     for c in face.cues:
@@ -293,9 +329,9 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         "decides": decides,
         "kind": answer.status(face.verdict),
         "word": answer.word(face.verdict),
-        "p": percent(face.verdict.p_fake),
+        "p": answer.estimate(face.verdict, report.model),
         "reason": answer.reason(report, face),
-        "at": None if face.frame is None else _moment(face),
+        "at": None if face.frame is None else moment(face),
         # Why nothing was assessed is said already; a number and its sign stay on one line.
         "rationale": "" if face.verdict.p_fake is None else face.rationale.replace(" %", "\N{NO-BREAK SPACE}%"),
         "assessed": face.verdict.p_fake is not None,
@@ -314,161 +350,6 @@ def _face(face: FaceReport, decides: bool, report: Report, blind_spots: Mapping[
         ],
         "mllm": None if face.p_fake_mllm is None else percent(face.p_fake_mllm),
     }
-
-
-def _moment(face: FaceReport) -> str:
-    return f"frame {face.frame}" + ("" if face.time_s is None else f", {face.time_s:.1f} s")
-
-
-def _prefix(face: FaceReport, report: Report) -> str:
-    """Keeps the letters of several faces in one picture apart: face 2's area A is `2A`."""
-    several = sum(other.frame == face.frame for other in report.faces) > 1
-    return str(answer.number(face, report)) if several else ""
-
-
-def marked_areas(face: FaceReport) -> list[tuple[str, str, str]]:
-    """(area, letter, colour) of the cues that can be drawn, in the order of the cues."""
-    areas = dict.fromkeys(cue.area for cue in face.cues if face.areas.get(cue.area))
-    return [(area, chr(ord("A") + i), COLOURS[i % len(COLOURS)]) for i, area in enumerate(areas)]
-
-
-def letter_places(face: FaceReport, size: float, height: float) -> dict[str, list[tuple[float, float]]]:
-    """By marked area the place of each polygon's letter: its centre, or the nearest place above or below it where no
-    other letter of that size stands, in a picture of that height."""
-    places: dict[str, list[tuple[float, float]]] = {}
-    for area, *_ in marked_areas(face):
-        for polygon in face.areas[area]:
-            x, y = (float(v) for v in np.mean(polygon, axis=0))
-            occupied = [b for points in places.values() for a, b in points if abs(x - a) < size]
-            steps = sorted(range(-len(occupied) - 1, len(occupied) + 2), key=lambda step: (abs(step), step))
-            free = (
-                y + step * size
-                for step in steps
-                if size / 2 <= y + step * size <= height - size / 2
-                and all(abs(y + step * size - b) >= size for b in occupied)
-            )
-            places.setdefault(area, []).append((x, next(free, y)))
-    return places
-
-
-def _figures(report: Report, picture: Pictures) -> Iterator[Json]:
-    if picture is None:
-        return
-    if not isinstance(picture, Mapping):
-        yield _figure(report, picture, list(report.faces), "", MAX_SIDE)
-        return
-    for k, number in enumerate(n for n in _frames(report.faces) if n in picture):
-        faces = [face for face in report.faces if face.frame == number]
-        yield _figure(report, picture[number], faces, f"Frame {number}: ", STRIP_SIDE if k else MAX_SIDE)
-
-
-def _figure(report: Report, pixels: NDArray[np.uint8], faces: list[FaceReport], prefix: str, side: int) -> Json:
-    width = float(report.media.get("width") or pixels.shape[1])
-    height = float(report.media.get("height") or pixels.shape[0])
-    text = max(width, height) * 0.026
-    legend: dict[str, tuple[str, str]] = {}
-    shapes, boxes, maps = [], [], []
-    for face in faces:
-        maps += overlays(face)
-        places = letter_places(face, text, height)
-        for area, letter, colour in marked_areas(face):
-            key = _prefix(face, report) + letter
-            legend[key] = (colour, area if len(faces) == 1 else f"face {answer.number(face, report)}: {area}")
-            for polygon, (x, y) in zip(face.areas[area], places[area], strict=True):
-                points = " ".join(f"{float(a):.1f},{float(b):.1f}" for a, b in polygon)
-                shapes.append({"points": points, "colour": colour, "key": key, "x": x, "y": y})
-        x, y, w, h = (float(v) for v in face.box)
-        label = f"{answer.number(face, report)}  {answer.word(face.verdict)}"
-        chip = 0.62 * text * len(label)  # a generous width: the reader's font is not known here
-        boxes.append(
-            {"x": x, "y": y, "w": w, "h": h, "kind": answer.status(face.verdict), "label": label, "chip": chip,
-             "chip_x": max(0.0, min(x, width - chip)),
-             "chip_y": y - 1.5 * text if y > 1.5 * text else min(y + h, height - 1.5 * text)}
-        )  # fmt: skip
-    description = "; ".join(
-        f"face {answer.number(f, report)}: {answer.word(f.verdict).lower()}{answer.p_words(f.verdict, report.model)}"
-        for f in faces
-    )
-    return {
-        "uri": jpeg_uri(pixels, side),
-        "alt": f"{prefix}{Path(report.path or 'picture').name}, {description or 'no face found'}",
-        "caption": prefix.rstrip(": "),
-        "width": width,
-        "height": height,
-        "text": text,
-        "shapes": shapes,
-        "maps": maps,
-        "map_on": any(points_at(face) for face in faces),
-        "closer": closer(faces[0], width, height) if len(faces) == 1 else "",
-        "closer_on": any(face.verdict.label == "fake" for face in faces),
-        "mapped_by": ", ".join(dict.fromkeys(str(m["expert"]) for m in maps)),
-        "boxes": boxes,
-        "legend": [(key, *rest) for key, rest in legend.items()],
-    }
-
-
-def overlays(face: FaceReport) -> list[dict[str, str | float]]:
-    """The maps that experts drew of a face: `uri` of a PNG, its `side`, the `matrix` that places it, the `expert`.
-
-    None of a face that was not assessed: there is no change to suspect.
-    """
-    if len(face.crop) != 3 or face.verdict.p_fake is None:
-        return []
-    (x, y), right, down = face.crop
-    made: list[dict[str, str | float]] = []
-    for e in face.evidence:
-        side = len(e.map)
-        if side == 0 or any(len(row) != side for row in e.map):
-            continue
-        pixels = np.zeros((side, side, 4), np.uint8)  # one a cell
-        pixels[..., :3] = (150, 30, 255)  # no skin is violet
-        pixels[..., 3] = 110 * np.clip(np.asarray(e.map, np.float32), 0, 1)  # the face is to be seen through it
-        matrix = ((right[0] - x) / side, (right[1] - y) / side, (down[0] - x) / side, (down[1] - y) / side, x, y)
-        placed = " ".join(f"{v:.4f}" for v in matrix)
-        made.append({"uri": _data_uri(pixels, "png"), "matrix": placed, "side": side, "expert": e.expert})
-    return made
-
-
-def closer(face: FaceReport, width: float, height: float) -> str:
-    """CSS variables that enlarge a picture of that size about its point (--x, --y) until a small face fills it by half;
-    "" where the face is large."""
-    x, y, w, h = face.box
-    scale = min(0.55 * min(width / w, height / h), 10.0) if w > 0 and h > 0 else 1.0
-    if scale < 1.8:
-        return ""
-    # The point that stays where it is while the face's centre moves to the picture's; no edge is left blank.
-    point = [(scale * (a + side / 2) / size - 0.5) / (scale - 1) for a, side, size in ((x, w, width), (y, h, height))]
-    left, top = (100 * min(max(f, 0.0), 1.0) for f in point)
-    return f"--scale:{scale:.2f};--x:{left:.1f}%;--y:{top:.1f}%"
-
-
-def points_at(face: FaceReport) -> bool:
-    """Whether a map of a face that is called changed in part points at something: then it is shown unasked."""
-    verdict = face.verdict
-    if verdict.label != "fake" or verdict.kind == "whole":
-        return False
-    return any(value >= 0.5 for e in face.evidence for row in e.map for value in row)
-
-
-def jpeg_uri(pixels: NDArray[np.uint8], side: int = MAX_SIDE) -> str:
-    """A picture [H, W, 3] as a data URI, its longer side at most `side` pixels."""
-    return _data_uri(_shrunk(pixels, side), "jpeg", quality=85)
-
-
-def _shrunk(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return np.asarray(image, dtype=np.uint8)
-
-
-def _data_uri(pixels: NDArray[np.uint8], format: str, **options: int) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format, **options)
-    return f"data:image/{format};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _provenance(provenance: Json) -> tuple[str, str, list[tuple[str, str]]]:

@@ -7,8 +7,9 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,6 +47,27 @@ def open_source(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str | No
         raise InputError("unreadable", f"the file cannot be read: {error.strerror}") from error
     with file:
         yield file, path
+
+
+def shown_names(paths: Sequence[str | None]) -> list[str | None]:
+    """What a report calls its files: their names or, of several, the paths from their common folder.
+
+    A report is passed on, and the folders above may name a person or a source. Files that share no folder get as much
+    of their paths as tells them apart.
+    """
+    found = {path: Path(path) for path in paths if path is not None}
+    if len({path.is_absolute() for path in found.values()}) > 1:
+        found = {name: Path.cwd() / path for name, path in found.items()}
+    folders = [path.parent.parts for path in found.values()]
+    shared = sum(1 for _ in takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False)))
+    kept = {name: path.parts[shared:] for name, path in found.items()}
+    if len(found) > 1 and shared < 2 and next(iter(found.values())).is_absolute():  # nothing but the root
+        longest = max(len(parts) for parts in kept.values())
+        for n in range(1, longest + 1):
+            kept = {name: path.parts[1:][-n:] for name, path in found.items()}
+            if len(set(kept.values())) == len({path.parts for path in found.values()}):
+                break
+    return [None if path is None else "/".join(kept[path]) or path for path in paths]
 
 
 def find_media(

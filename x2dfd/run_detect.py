@@ -29,7 +29,7 @@ from x2dfd.types import Failure, Report, frames_asked
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
-    from x2dfd.html_report import Pictures
+    from x2dfd.figures import Pictures
     from x2dfd.rows import Rows
     from x2dfd.stores import Place
 
@@ -324,7 +324,7 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 def _pictures(path: Path, result: Report | Failure) -> Pictures:
     """The pixels that the HTML page shows; None when the file can no longer be read."""
-    from x2dfd.html_report import shrunk
+    from x2dfd.figures import shrunk
     from x2dfd.stores import is_pipe, read_address
 
     if isinstance(result, Failure):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, Self
 from x2dfd.files import Json, checked, parse_json, to_dataclass
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -263,6 +265,16 @@ class Report:
 def result_of(data: Json) -> Report | Failure:
     """A Report or a Failure from its `to_dict`. Raises ValueError, KeyError or TypeError for anything else."""
     return Failure(data["path"], data["sha256"], **data["error"]) if "error" in data else Report.from_dict(data)
+
+
+def renamed(results: Sequence[Report | Failure], names: Sequence[str | None]) -> list[Report | Failure]:
+    """The results under other names for their files, which the reasons of failures then have too."""
+    made: list[Report | Failure] = []
+    for result, name in zip(results, names, strict=True):
+        if isinstance(result, Failure) and result.path and name:
+            result = replace(result, reason=result.reason.replace(result.path, name))
+        made.append(replace(result, path=name))
+    return made
 
 
 def frames_asked(media: Json) -> int | None:
