@@ -488,6 +488,24 @@ def test_shards_together_are_the_whole(
     assert sorted(parts, key=lambda row: str(row["path"])) == table(whole)
 
 
+def test_copies_of_a_tree_share_its_files_however_the_manifest_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: with `--manifest ../data/m.csv`, machines that hold the tree in different places judge a file
+    twice, or none of them does."""
+    names = [f"{k}.jpg" for k in range(20)]
+    told: list[str] = []
+    for i in (1, 2, 3):
+        run_from, folder = tmp_path / f"copy{i}" / "run", tmp_path / f"copy{i}" / "data"
+        run_from.mkdir(parents=True)
+        folder.mkdir()
+        (folder / "m.csv").write_text("\n".join(["path", *names]) + "\n")
+        monkeypatch.chdir(run_from)
+        done = run("detect", "--manifest", "../data/m.csv", "--json", "--shard", f"{i}/3")
+        told += [Path(row["path"]).name for row in objects(done.stdout)]
+    assert sorted(told) == sorted(names)
+
+
 def test_a_missing_file_is_told_by_its_own_shard_alone(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: each of N processes tells every missing file, so that it counts N times; or one ends the run."""
     monkeypatch.chdir(photos)  # a file's shard follows from its name

@@ -130,7 +130,7 @@ class Run:
 
     def shard_of(self, place: Place) -> int:
         """The shard of a file: by its name below the manifest, so that a folder may be mounted elsewhere."""
-        name, folder = str(place), self.manifest.absolute().parent if self.manifest is not None else None
+        name, folder = str(place), Path(os.path.abspath(self.manifest)).parent if self.manifest is not None else None
         if folder is not None and isinstance(place, Path) and place.is_relative_to(folder):
             name = str(place.relative_to(folder))
         return crc32(name.encode("utf-8", "surrogatepass")) % self.n_shards + 1
