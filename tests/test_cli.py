@@ -360,6 +360,34 @@ def test_row_is_kept_while_nothing_changed(run: Run, detector: SmallDetector, ph
     assert judged(photos, "--no-rationale", "--mode", "paper") == every
 
 
+def test_files_of_one_name_in_two_folders_have_a_row_each(
+    run: Run, detector: SmallDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: `detect . --out ../all.parquet` from a second folder replaces the rows of the first; a table that
+    is its own manifest doubles its rows; a link before `..` makes two files one."""
+    out = tmp_path / "all.jsonl"
+    photos = [tmp_path / day / "a.png" for day in ("day1", "day2")]
+    for photo in photos:
+        photo.parent.mkdir()
+        save_photo(photo, len(detector.judged))
+        monkeypatch.chdir(photo.parent)
+        assert run("detect", ".", "--out", "../all.jsonl").exit_code == 0
+    assert {row["path"] for row in objects(out.read_text())} == set(map(str, photos))
+    resumed = run(
+        "detect", "../day1/a.png", "a.png", "--json", "--out", out
+    )  # a stored report has the name of this run
+    assert [row["path"] for row in objects(resumed.stdout)] == ["../day1/a.png", "a.png"]
+    first = out.read_bytes()
+    assert run("detect", "--manifest", out, "--out", out).exit_code == 0 and len(detector.judged) == 2
+    assert out.read_bytes() == first
+    (tmp_path / "link").symlink_to(tmp_path / "day1" / "deep", target_is_directory=True)
+    (tmp_path / "day1" / "deep").mkdir()
+    save_photo(tmp_path / "a.png", 9)
+    assert run("detect", "../link/../a.png", "../a.png", "--out", out).exit_code == 0
+    paths = [tmp_path / "day1" / "a.png", tmp_path / "a.png", tmp_path / "day2" / "a.png"]
+    assert [row["path"] for row in objects(out.read_text())] == list(map(str, paths))
+
+
 def test_foreign_or_taken_table_is_not_overwritten(run: Run, photos: Path, tmp_path: Path) -> None:
     """A mistyped --out must not replace a person's own file; two processes would throw each other's rows away."""
     from x2dfd.rows import Rows

@@ -184,7 +184,7 @@ Table = Annotated[
         metavar="FILE",
         help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
         "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
-        "Rows of other files stay. With --manifest, results then go to the table alone.",
+        "Rows of other files stay; paths in it are absolute. With --manifest, results then go to the table alone.",
     ),
 ]
 BatchSize = Annotated[int, _scale(min=1, max=4096, metavar="N", help="Files judged at a time.")]
