@@ -107,9 +107,10 @@ def test_an_upload_is_read_as_its_file_and_bounded(client: Any, monkeypatch: pyt
     assert client.post("/detect", files={"file": ("a.jpg", photo)}).status_code == 413
     assert client.post("/detect", content=b"x" * 1001).status_code == 413
     assert client.post("/detect", content=b"x" * 1000).status_code == 422  # taken in, and no picture
-    wrong_number = client.post("/detect?frames=0", content=b"x")
-    assert wrong_number.status_code == 422 and wrong_number.json()["error"]["code"] == "bad_request"
-    assert "frames" in wrong_number.json()["error"]["reason"]
+    for number in (0, 1001):
+        wrong_number = client.post(f"/detect?frames={number}", content=b"x")
+        assert wrong_number.status_code == 422 and wrong_number.json()["error"]["code"] == "bad_request"
+        assert "frames" in wrong_number.json()["error"]["reason"]
     monkeypatch.setattr(serve, "AT_ONCE", 0)
     assert client.post("/detect", content=b"x").status_code == 503
     described = client.get("/openapi.json").json()["paths"]

@@ -17,7 +17,7 @@ from x2dfd.experts import cards
 from x2dfd.files import Json, json_sha256, parse_json
 from x2dfd.model_spec import Dtype, Mode
 from x2dfd.provenance import CREDENTIALS
-from x2dfd.types import Card, Failure, ModelInfo, Report, frames_asked
+from x2dfd.types import MAX_FRAMES, Card, Failure, ModelInfo, Report, frames_asked
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
@@ -118,7 +118,7 @@ def _frames_stated(stated: Json) -> int | None:
         frames = frames_asked(stated["media"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return frames if frames is not None and 1 <= frames <= 1000 else None
+    return frames if frames is not None and 1 <= frames <= MAX_FRAMES else None
 
 
 def verify(made: Json, file: Path, detector: Detector) -> Verification:

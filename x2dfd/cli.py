@@ -23,6 +23,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.run_detect import load_quickly
 from x2dfd.terminal import printable, wrapped
+from x2dfd.types import MAX_FRAMES
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -157,7 +158,10 @@ Manifest = Annotated[
 Remote = Annotated[
     str, _input(metavar="A,B", help="Stores from which paths of the manifest are read (s3,gs), by fsspec.")
 ]
-Frames = Annotated[int, _input(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")]
+Frames = Annotated[
+    int,
+    _input(min=1, max=MAX_FRAMES, metavar="N", help="Frames of a video or an animation, spread evenly over it."),
+]
 Isolate = Annotated[
     bool,
     _input(

@@ -32,7 +32,7 @@ from x2dfd.media import Picture, Source, Video
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable, says_all, signs_to_name
-from x2dfd.types import Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
+from x2dfd.types import MAX_FRAMES, Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
 from x2dfd.validation import PROPOSITIONS, Validation
 
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
@@ -122,8 +122,8 @@ class Detector:
         is read one batch ahead. `on_progress` gets each frame of a video, in that thread, once its faces are found, and
         each FaceReport once the face is judged. An InputError that it raises ends the work on that file or batch.
         """
-        if batch_size < 1 or frames < 1:
-            raise ValueError("batch_size and frames must be at least 1")
+        if batch_size < 1 or not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(f"batch_size must be at least 1, and frames from 1 to {MAX_FRAMES}")
         source = iter(sources)
         prepare = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
         decoder = ThreadPoolExecutor(1, "x2dfd-decode")

@@ -27,6 +27,7 @@ from x2dfd.files import Json
 from x2dfd.paths import open_source
 from x2dfd.sniffing import sniff
 from x2dfd.stills import Picture, decode, from_image, open_image
+from x2dfd.types import MAX_FRAMES
 from x2dfd.video import Frame, Video, load_video
 from x2dfd.worker import isolated
 
@@ -45,8 +46,8 @@ def load_media(
     caller can hold one frame at a time; under `worker.isolating`, `keep` has to be a module's function. Raises
     InputError for a file that cannot be used, and the exceptions of `keep`.
     """
-    if max_frames < 1:
-        raise ValueError("max_frames must be at least 1")
+    if not 1 <= max_frames <= MAX_FRAMES:
+        raise ValueError(f"the number of frames must be from 1 to {MAX_FRAMES}, not {max_frames}")
     with one_file("decoding"):
         if isinstance(source, Image.Image):
             return from_image(source)

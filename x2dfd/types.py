@@ -261,6 +261,10 @@ def result_of(data: Json) -> Report | Failure:
     return Failure(data["path"], data["sha256"], **data["error"]) if "error" in data else Report.from_dict(data)
 
 
+MAX_FRAMES = 1000
+"""Frames that can be asked of a clip, as memory holds the crops of all; `verify` takes no record that states more."""
+
+
 def frames_asked(media: Json) -> int | None:
     """The number of frames that were requested of the clip of a `Report.media`; None for a picture."""
     if media.get("kind") != "video":
