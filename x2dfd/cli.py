@@ -296,7 +296,7 @@ def verify(
         typer.echo(json.dumps(asdict(verification)))
     else:
         words = {
-            "holds": "the record holds",
+            "holds": "the record holds for this file",
             "differs": "THE RECORD DOES NOT HOLD",
             "other_version": "CANNOT BE CONFIRMED: another version or model made it, or it was changed to say so",
             "other_file": "ANOTHER FILE: the record is not about this one, or this one was changed",
@@ -304,6 +304,9 @@ def verify(
         typer.echo(words[verification.outcome])
         for line in verification.differences:
             typer.echo(f"  {printable(line)}")
+        if verification.unchecked:
+            others = f"not checked: {verification.unchecked:,} of the record's reports"
+            typer.echo(f"{others}, about other files; verify each with its own file")
         if spec.embedded and verification.outcome == "other_version" and case.another_adapter(contents, detector.info):
             typer.echo("If a model of your own made the record, name it: --model DIR")
         for line in verification.notes:
