@@ -165,6 +165,13 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     assert not any(map(is_loopback, ("127.0.0.1.example", "0.0.0.0", "10.0.0.1", "localhost.example")))
 
 
+@pytest.mark.parametrize("host", ["", " "])
+def test_a_blank_host_is_refused(host: str) -> None:
+    """Bug prevented: `--host "$ADDRESS"` with the variable unset listens on every address of the machine."""
+    with raises("host_missing", "--host"), serve.listening(host, 0):
+        pass
+
+
 def test_the_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: `x2dfd serve --device cuda:1` loads on the CPU, in another precision, and nobody is told;
     the address is printed, and who asks first waits until the language model is loaded."""

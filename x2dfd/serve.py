@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from x2dfd.addresses import host_of, is_loopback
+from x2dfd.addresses import check_host, host_of, is_loopback
 from x2dfd.errors import SetupError
 from x2dfd.files import Json
 from x2dfd.remote import MAX_UPLOAD
@@ -170,6 +170,7 @@ def serve(detector: "Detector", host: str, listener: socket.socket) -> None:
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens there, opened before a model is loaded. Raises SetupError where that fails."""
+    check_host(host)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
