@@ -82,6 +82,26 @@ def test_the_server_says_what_the_detector_says(url: str, tmp_path: Path, monkey
     assert isinstance(absent, Failure) and absent.code == "not_found"
 
 
+def test_a_busy_server_is_asked_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: one answer of "busy" ends a run over thousands of files, and does not say why."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            monkeypatch.setattr(serve, "AT_ONCE", 8)
+
+    monkeypatch.setattr("x2dfd.remote.time.sleep", sleep)
+    (tmp_path / "photo.jpg").write_bytes(b"x" * 2001)
+    remote = ServerDetector(url)
+    monkeypatch.setattr(serve, "AT_ONCE", 0)
+    [said] = remote.detect_many([tmp_path / "photo.jpg"])
+    assert isinstance(said, Report) and len(slept) == 2 and slept[0] < slept[1]
+    monkeypatch.setattr(serve, "AT_ONCE", 0)
+    with raises("server_refuses", "503", "too many files at once"):
+        list(remote.detect_many([tmp_path / "photo.jpg"]))
+
+
 def test_strangers_are_refused(client: Any) -> None:
     """Bug prevented: a web page that asks the server of whoever reads it, by its address or by a name made for it."""
     assert client.get("/model").status_code == 200
