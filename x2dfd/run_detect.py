@@ -80,7 +80,9 @@ class Run:
         for option, target in (("--report", self.report), ("--out", self.out)):
             if target is not None and not target.parent.is_dir():
                 raise typer.BadParameter(f"the folder {target.parent} does not exist: make it first", param_hint=option)
-            if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
+            if target is not None and (
+                target.is_dir() or not os.access(Path(os.path.realpath(target)).parent, os.W_OK)
+            ):
                 raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
         from x2dfd.stores import is_pipe
 
