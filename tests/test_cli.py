@@ -25,6 +25,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.raising import raises
 from x2dfd import cli, doctor, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
@@ -261,6 +262,14 @@ def test_standard_input_and_a_named_pipe_are_judged(run: Run, photos: Path, monk
     row = json.loads(run("detect", "pipe", "--json").stdout)
     writer.join()
     assert (row["path"], row["sha256"]) == ("pipe", digest)
+
+
+def test_a_closed_standard_input_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: `x2dfd detect - <&-`, as in a job without input, ends with a traceback."""
+    monkeypatch.setattr(sys, "stdin", None)
+    stores._read_pipe.cache_clear()
+    with raises("unreadable", "standard input is closed"):
+        stores.read_address("-")
 
 
 def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> None:
