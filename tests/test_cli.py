@@ -618,6 +618,16 @@ def test_what_stops_a_command_is_one_line(
     assert capsys.readouterr().err == "error [system_refuses]: out.json: No space left on device\n"
 
 
+def test_an_error_line_does_not_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    """Bug prevented: a manifest from elsewhere, or a file's name, clears the screen and prints a verdict of its own."""
+    manifest = tmp_path / "m\x1b[2J.csv"
+    manifest.write_text("\x1b]0;title\x07,x\na,b\n")
+    done = run("detect", "--manifest", manifest, "--json")
+    assert done.exit_code == 1 and "[manifest_column_missing]" in done.stderr
+    assert r"m\x1b[2J.csv" in done.stderr and done.stderr.rstrip("\n").isprintable()
+    assert cli.error_line(OSError(2, "No such file", "a\x9b\u202e")).isprintable()
+
+
 def test_experts_tells_blind_spot_and_command_for_weights(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list of names alone does not tell what can be relied on."""
     card = Card("blend", "1.0", "trained here", "MIT", "ab" * 32, "crop", "a paper", "whole-face synthesis")

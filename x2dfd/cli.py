@@ -54,13 +54,16 @@ class _Group(TyperGroup):
 
 
 def error_line(error: X2DFDError | OSError) -> str:
-    """The line for an error that a user can mend, such as a file that the system refuses; others are raised again."""
+    """The line for an error that a user can mend, such as a file that the system refuses; others are raised again.
+
+    What a stranger wrote, as in a manifest, does not reach the terminal as control characters.
+    """
     if isinstance(error, X2DFDError):
-        return error.line
+        return printable(error.line)
     if error.errno in (None, errno.EPIPE):  # not from the system, or a closed pipe, which typer handles
         raise error
     where = f"{error.filename}: " if error.filename else ""
-    return X2DFDError(f"{where}{error.strerror}", code="system_refuses").line
+    return printable(X2DFDError(f"{where}{error.strerror}", code="system_refuses").line)
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -335,7 +335,7 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
         source = read_address(str(path)) if is_pipe(path) else path
         sha256, pictures = shrunk(source, frames_asked(result.media) or 1, {face.frame for face in result.faces})
     except InputError as error:
-        typer.echo(f"{printable(str(path))}: the page shows no picture of it: {error}", err=True)
+        typer.echo(printable(f"{path}: the page shows no picture of it: {error}"), err=True)
         return None
     if sha256 != result.sha256:
         typer.echo(f"{printable(str(path))}: the page shows no picture of it: the file changed meanwhile", err=True)
