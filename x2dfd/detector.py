@@ -28,7 +28,7 @@ from x2dfd.faces import area_polygons
 from x2dfd.fetch import BASE_NAME
 from x2dfd.files import Json
 from x2dfd.intake import FoundFace, OnProgress, Ready, faces_of_report, ready, ready_or_failure
-from x2dfd.media import Picture, Source, Video
+from x2dfd.media import Picture, Source, Video, check_source
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable, says_all, signs_to_name
@@ -101,7 +101,7 @@ class Detector:
     def detect(self, source: Source, *, rationale: bool = True, frames: int = VIDEO_FRAMES) -> Report:
         """Judge one picture, or `frames` evenly spread frames of a video. `source`: a path, its bytes, or a PIL image.
 
-        Raises InputError with a reason code, whatever the file makes a library raise.
+        Raises InputError with a reason code, whatever the file makes a library raise; TypeError for another object.
         """
         [report] = self._judge([ready(source, frames, self.info.crop_size)], rationale)
         assert isinstance(report, Report)
@@ -124,7 +124,9 @@ class Detector:
         """
         if batch_size < 1 or not 1 <= frames <= MAX_FRAMES:
             raise ValueError(f"batch_size must be at least 1, and frames from 1 to {MAX_FRAMES}")
-        source = iter(sources)
+        if isinstance(sources, Source):
+            raise TypeError("detect_many takes a list of files, or another iterable of them; for one file, call detect")
+        source = map(check_source, sources)
         prepare = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
         decoder = ThreadPoolExecutor(1, "x2dfd-decode")
         try:
