@@ -17,6 +17,7 @@ import typer
 import x2dfd
 from app.guard import LOOPBACK
 from x2dfd import options
+from x2dfd.addresses import check_host
 from x2dfd.cli import run_command, wait_passively
 from x2dfd.errors import SetupError
 from x2dfd.model_spec import LoadOptions, ModelSpec
@@ -96,6 +97,7 @@ def run(
     Arguments as for `listed` and `app.demo.launch`. Uploads are removed at the end.
     Raises X2DFDError for what a user can mend.
     """
+    check_host(host)
     if find_spec("gradio") is None:
         raise SetupError("the demo needs gradio: pip install -c constraints.txt '.[app]'", code="package_missing")
     from app.demo import build, launch

@@ -197,7 +197,7 @@ def connect(base_url: str) -> openai.OpenAI:
     try:
         return openai.OpenAI(base_url=base_url)
     except openai.OpenAIError as error:
-        raise SetupError(f"{error}\nset the endpoint's key: export OPENAI_API_KEY=...", code="key_missing") from error
+        raise SetupError(f"{error}; set the endpoint's key: export OPENAI_API_KEY=...", code="key_missing") from error
 
 
 EPILOG = """Examples:\n

@@ -829,6 +829,14 @@ def test_the_examples_show_each_answer(tmp_path: Path) -> None:
     assert said[:4] == ["real", "fake", "inconclusive", "none"] and said[4] != "none"
 
 
+def test_a_blank_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: `--host ""` shows the page to everyone who can reach the machine."""
+    monkeypatch.setattr("x2dfd.load", lambda *_, **__: pytest.fail("loaded"))
+    for host in ("", " "):
+        with raises("host_missing", "--host"):
+            command.run([], host, 7860)
+
+
 def test_taken_port_is_said_plainly(detector: FakeDetector, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second start of the demo must say what to do, without a traceback."""
     monkeypatch.setattr("x2dfd.load", lambda model=None: detector)

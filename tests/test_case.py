@@ -27,7 +27,7 @@ from x2dfd.detector import Detector
 from x2dfd.errors import SetupError
 from x2dfd.loading import load
 from x2dfd.model_spec import ModelSpec
-from x2dfd.types import Report
+from x2dfd.types import MAX_FRAMES, Report
 from x2dfd.validation import Validation
 
 Record = dict[str, Any]
@@ -196,6 +196,32 @@ def test_each_report_about_a_file_counts(made: Record, photo: Path, detector: De
     assert found.outcome == "differs" and any("verdict.label" in line for line in found.differences)
     size = changed(made, lambda m: m["reports"][0]["media"].update(bytes=photo.stat().st_size + 100), sealed=True)
     assert case.verify(size, photo, detector).outcome == "differs"
+
+
+def test_reports_about_other_files_are_named_as_unchecked(
+    made: Record, photo: Path, detector: Detector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: "the record holds" is said of a record in which the report about another file was falsified."""
+    lied = made["reports"][0] | {"sha256": "0" * 64, "verdict": {"label": "real", "p_fake": 0.01}}
+    two = changed(made, lambda m: m["reports"].append(lied), sealed=True)
+    assert case.verify(two, photo, detector) == case.Verification("holds", (), (), unchecked=1)
+    monkeypatch.setattr(x2dfd, "load", lambda *_, **__: detector)
+    (tmp_path / "two.case.json").write_text(json.dumps(two))
+    for options, told in (([], "not checked: 1 of"), (["--json"], '"unchecked": 1')):
+        ran = CliRunner().invoke(cli.app, ["verify", str(tmp_path / "two.case.json"), str(photo), *options])
+        assert ran.exit_code == 0 and told in ran.stdout
+
+
+def test_no_clip_is_judged_on_more_frames_than_verify_takes(photo: Path, detector: Detector) -> None:
+    """Bug prevented: `detect --frames 1001` makes a record that `verify` judges on 32 frames and calls false."""
+    assert case._frames_stated({"media": {"kind": "video", "frames_asked": MAX_FRAMES}}) == MAX_FRAMES
+    assert case._frames_stated({"media": {"kind": "video", "frames_asked": MAX_FRAMES + 1}}) is None
+    ran = CliRunner().invoke(cli.app, ["detect", str(photo), "--frames", str(MAX_FRAMES + 1)])
+    assert ran.exit_code == 2 and str(MAX_FRAMES) in ran.stderr
+    with pytest.raises(ValueError, match=str(MAX_FRAMES)):
+        detector.detect(photo, frames=MAX_FRAMES + 1)
+    with pytest.raises(ValueError, match=str(MAX_FRAMES)):
+        next(iter(detector.detect_many([photo], frames=MAX_FRAMES + 1)))
 
 
 def test_what_the_file_states_is_part_of_the_record(made: Record, tmp_path: Path, detector: Detector) -> None:

@@ -25,6 +25,7 @@ from skimage import data
 from typer.testing import CliRunner
 
 import x2dfd
+from tests.raising import raises
 from x2dfd import cli, doctor, run_detect, stores
 from x2dfd.errors import InputError, SetupError
 from x2dfd.media import load_media
@@ -263,6 +264,14 @@ def test_standard_input_and_a_named_pipe_are_judged(run: Run, photos: Path, monk
     assert (row["path"], row["sha256"]) == ("pipe", digest)
 
 
+def test_a_closed_standard_input_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: `x2dfd detect - <&-`, as in a job without input, ends with a traceback."""
+    monkeypatch.setattr(sys, "stdin", None)
+    stores._read_pipe.cache_clear()
+    with raises("unreadable", "standard input is closed"):
+        stores.read_address("-")
+
+
 def test_names_that_are_not_utf8_are_kept_apart(run: Run, tmp_path: Path) -> None:
     """Bug prevented: a name with a stray byte shares its row with the name that spells that byte out."""
     spelled = (rb"x\xff.png", rb"x\udcff.png", b"x\xff.png", b"x\\\xff.png")
@@ -358,6 +367,34 @@ def test_row_is_kept_while_nothing_changed(run: Run, detector: SmallDetector, ph
     assert judged(photos, "--no-rationale") == every
     detector.model = {**detector.model, "mode": "paper"}
     assert judged(photos, "--no-rationale", "--mode", "paper") == every
+
+
+def test_files_of_one_name_in_two_folders_have_a_row_each(
+    run: Run, detector: SmallDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: `detect . --out ../all.parquet` from a second folder replaces the rows of the first; a table that
+    is its own manifest doubles its rows; a link before `..` makes two files one."""
+    out = tmp_path / "all.jsonl"
+    photos = [tmp_path / day / "a.png" for day in ("day1", "day2")]
+    for photo in photos:
+        photo.parent.mkdir()
+        save_photo(photo, len(detector.judged))
+        monkeypatch.chdir(photo.parent)
+        assert run("detect", ".", "--out", "../all.jsonl").exit_code == 0
+    assert {row["path"] for row in objects(out.read_text())} == set(map(str, photos))
+    resumed = run(
+        "detect", "../day1/a.png", "a.png", "--json", "--out", out
+    )  # a stored report has the name of this run
+    assert [row["path"] for row in objects(resumed.stdout)] == ["../day1/a.png", "a.png"]
+    first = out.read_bytes()
+    assert run("detect", "--manifest", out, "--out", out).exit_code == 0 and len(detector.judged) == 2
+    assert out.read_bytes() == first
+    (tmp_path / "link").symlink_to(tmp_path / "day1" / "deep", target_is_directory=True)
+    (tmp_path / "day1" / "deep").mkdir()
+    save_photo(tmp_path / "a.png", 9)
+    assert run("detect", "../link/../a.png", "../a.png", "--out", out).exit_code == 0
+    paths = [tmp_path / "day1" / "a.png", tmp_path / "a.png", tmp_path / "day2" / "a.png"]
+    assert [row["path"] for row in objects(out.read_text())] == list(map(str, paths))
 
 
 def test_foreign_or_taken_table_is_not_overwritten(run: Run, photos: Path, tmp_path: Path) -> None:
@@ -488,6 +525,24 @@ def test_shards_together_are_the_whole(
     assert sorted(parts, key=lambda row: str(row["path"])) == table(whole)
 
 
+def test_copies_of_a_tree_share_its_files_however_the_manifest_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: with `--manifest ../data/m.csv`, machines that hold the tree in different places judge a file
+    twice, or none of them does."""
+    names = [f"{k}.jpg" for k in range(20)]
+    told: list[str] = []
+    for i in (1, 2, 3):
+        run_from, folder = tmp_path / f"copy{i}" / "run", tmp_path / f"copy{i}" / "data"
+        run_from.mkdir(parents=True)
+        folder.mkdir()
+        (folder / "m.csv").write_text("\n".join(["path", *names]) + "\n")
+        monkeypatch.chdir(run_from)
+        done = run("detect", "--manifest", "../data/m.csv", "--json", "--shard", f"{i}/3")
+        told += [Path(row["path"]).name for row in objects(done.stdout)]
+    assert sorted(told) == sorted(names)
+
+
 def test_a_missing_file_is_told_by_its_own_shard_alone(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug prevented: each of N processes tells every missing file, so that it counts N times; or one ends the run."""
     monkeypatch.chdir(photos)  # a file's shard follows from its name
@@ -562,6 +617,16 @@ def test_what_stops_a_command_is_one_line(
         cli.run_command(full)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error [system_refuses]: out.json: No space left on device\n"
+
+
+def test_an_error_line_does_not_steer_the_terminal(run: Run, tmp_path: Path) -> None:
+    """Bug prevented: a manifest from elsewhere, or a file's name, clears the screen and prints a verdict of its own."""
+    manifest = tmp_path / "m\x1b[2J.csv"
+    manifest.write_text("\x1b]0;title\x07,x\na,b\n")
+    done = run("detect", "--manifest", manifest, "--json")
+    assert done.exit_code == 1 and "[manifest_column_missing]" in done.stderr
+    assert r"m\x1b[2J.csv" in done.stderr and done.stderr.rstrip("\n").isprintable()
+    assert cli.error_line(OSError(2, "No such file", "a\x9b\u202e")).isprintable()
 
 
 def test_experts_tells_blind_spot_and_command_for_weights(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

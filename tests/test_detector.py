@@ -329,6 +329,32 @@ def test_the_next_batch_is_decoded_while_one_is_judged(
     assert _decoders() == []
 
 
+def test_what_is_no_file_is_a_type_error_that_says_what_is_taken(detector: Detector, face_photo: Path) -> None:
+    """Bug prevented: for an open file or an array Python users read "there is no such file", and `detect_many` judges
+    each letter of a name."""
+    with face_photo.open("rb") as opened:
+        wrong: list[Any] = [None, opened, io.BytesIO(b"x"), np.zeros((9, 9, 3), np.uint8), bytearray(b"x"), 7]
+        for source in wrong:
+            with pytest.raises(TypeError, match=f"PIL image, not {type(source).__name__}"):
+                detector.detect(source)
+            judged = detector.detect_many([face_photo, source], batch_size=1, rationale=False)
+            assert isinstance(next(iter(judged)), Report)
+            with pytest.raises(TypeError, match="PIL image"):
+                next(iter(judged))
+            assert _decoders() == []
+    for one in (str(face_photo), face_photo, b"x", Image.new("RGB", (9, 9))):
+        sources: Any = one
+        with pytest.raises(TypeError, match="call detect"):
+            next(iter(detector.detect_many(sources)))
+
+
+@pytest.mark.parametrize("threads", [0, -1, "2", 10**10])
+def test_a_wrong_number_of_threads_is_said_plainly(threads: Any) -> None:
+    """Bug prevented: `x2dfd.load(threads=0)` ends with an error of torch that does not name the argument."""
+    with raises("option_invalid", "threads", repr(threads)):
+        x2dfd.load(threads=threads)
+
+
 def test_a_run_reads_one_batch_ahead(detector: Detector, face_photo: Path) -> None:
     """A folder of a million files must not be opened before the first answer."""
     sources = iter([face_photo] * 40)

@@ -15,7 +15,17 @@ import pytest
 from tests.raising import raises
 from x2dfd.adapter import read_adapter_card
 from x2dfd.experts import read_card
-from x2dfd.files import MAX_DEPTH, bad_rate, check_fields, locked_folder, parse_json, printed_from_c, read_json
+from x2dfd.files import (
+    MAX_DEPTH,
+    atomic_write,
+    bad_rate,
+    check_fields,
+    locked_folder,
+    parse_json,
+    printed_from_c,
+    read_json,
+    write_bytes,
+)
 from x2dfd.row_parts import RowParts
 from x2dfd.types import Card
 
@@ -133,6 +143,35 @@ def test_a_card_of_other_shapes_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(good | change))
         with raises("not_an_adapter", next(iter(change))):
             read_adapter_card(tmp_path)
+
+
+def test_a_written_file_has_the_users_rights_and_a_link_stays(tmp_path: Path) -> None:
+    """Bug prevented: verdicts about people become readable for everybody on the machine, against the user's umask or
+    the file's own rights; a link to a table elsewhere becomes a file, and that table stays as it was."""
+    new, old, link = (tmp_path / name for name in ("new", "old", "link"))
+    old.write_text("old")
+    link.symlink_to(old)
+    for umask, mode in ((0o077, 0o600), (0o022, 0o644), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            new.unlink(missing_ok=True)
+            write_bytes(new, b"new")
+        finally:
+            os.umask(before)
+        assert new.stat().st_mode & 0o777 == mode
+    for mode in (0o600, 0o640, 0o444):
+        old.chmod(mode)
+        write_bytes(link, str(mode).encode())
+        assert old.stat().st_mode & 0o777 == mode
+        assert link.is_symlink() and old.read_text() == str(mode)
+    with atomic_write(old) as temporary:  # as safetensors writes
+        temporary.with_name("other").touch(0o600)
+        temporary.with_name("other").replace(temporary)
+    assert old.stat().st_mode & 0o777 == 0o444
+    with pytest.raises(OSError), atomic_write(new) as temporary:
+        temporary.write_bytes(b"half")
+        raise OSError
+    assert new.read_text() == "new" and sorted(tmp_path.iterdir()) == [link, new, old]
 
 
 def test_a_folder_in_use_is_another_runs(tmp_path: Path) -> None:

@@ -82,6 +82,26 @@ def test_the_server_says_what_the_detector_says(url: str, tmp_path: Path, monkey
     assert isinstance(absent, Failure) and absent.code == "not_found"
 
 
+def test_a_busy_server_is_asked_again(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: one answer of "busy" ends a run over thousands of files, and does not say why."""
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 2:
+            monkeypatch.setattr(serve, "AT_ONCE", 8)
+
+    monkeypatch.setattr("x2dfd.remote.time.sleep", sleep)
+    (tmp_path / "photo.jpg").write_bytes(b"x" * 2001)
+    remote = ServerDetector(url)
+    monkeypatch.setattr(serve, "AT_ONCE", 0)
+    [said] = remote.detect_many([tmp_path / "photo.jpg"])
+    assert isinstance(said, Report) and len(slept) == 2 and slept[0] < slept[1]
+    monkeypatch.setattr(serve, "AT_ONCE", 0)
+    with raises("server_refuses", "503", "too many files at once"):
+        list(remote.detect_many([tmp_path / "photo.jpg"]))
+
+
 def test_strangers_are_refused(client: Any) -> None:
     """Bug prevented: a web page that asks the server of whoever reads it, by its address or by a name made for it."""
     assert client.get("/model").status_code == 200
@@ -107,9 +127,10 @@ def test_an_upload_is_read_as_its_file_and_bounded(client: Any, monkeypatch: pyt
     assert client.post("/detect", files={"file": ("a.jpg", photo)}).status_code == 413
     assert client.post("/detect", content=b"x" * 1001).status_code == 413
     assert client.post("/detect", content=b"x" * 1000).status_code == 422  # taken in, and no picture
-    wrong_number = client.post("/detect?frames=0", content=b"x")
-    assert wrong_number.status_code == 422 and wrong_number.json()["error"]["code"] == "bad_request"
-    assert "frames" in wrong_number.json()["error"]["reason"]
+    for number in (0, 1001):
+        wrong_number = client.post(f"/detect?frames={number}", content=b"x")
+        assert wrong_number.status_code == 422 and wrong_number.json()["error"]["code"] == "bad_request"
+        assert "frames" in wrong_number.json()["error"]["reason"]
     monkeypatch.setattr(serve, "AT_ONCE", 0)
     assert client.post("/detect", content=b"x").status_code == 503
     described = client.get("/openapi.json").json()["paths"]
@@ -162,6 +183,13 @@ def test_no_server_is_one_line(tmp_path: Path) -> None:
     # Only this machine goes past the proxy, and no name that looks like it.
     assert all(map(is_loopback, ("127.0.0.1", "127.9.9.9", "::1", "localhost", "a.localhost")))
     assert not any(map(is_loopback, ("127.0.0.1.example", "0.0.0.0", "10.0.0.1", "localhost.example")))
+
+
+@pytest.mark.parametrize("host", ["", " "])
+def test_a_blank_host_is_refused(host: str) -> None:
+    """Bug prevented: `--host "$ADDRESS"` with the variable unset listens on every address of the machine."""
+    with raises("host_missing", "--host"), serve.listening(host, 0):
+        pass
 
 
 def test_the_model_is_loaded_as_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from urllib.parse import SplitResult, urlsplit
 
+from x2dfd.errors import SetupError
+
 
 def parsed(address: str) -> SplitResult | None:
     """The parts of an address that names a host; None for anything else."""
@@ -27,3 +29,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def check_host(host: str) -> None:
+    """Refuse a blank address to listen on, as of an unset shell variable: sockets take it for every address."""
+    if not host.strip():
+        raise SetupError(
+            "--host is empty: give an address, such as 127.0.0.1 for this machine alone", code="host_missing"
+        )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeGuard, get_args
@@ -18,7 +18,7 @@ from x2dfd.files import Json, json_sha256, parse_json
 from x2dfd.model_spec import Dtype, Mode
 from x2dfd.paths import shown_names
 from x2dfd.provenance import CREDENTIALS
-from x2dfd.types import Card, Failure, ModelInfo, Report, frames_asked, renamed
+from x2dfd.types import MAX_FRAMES, Card, Failure, ModelInfo, Report, frames_asked, renamed
 
 if TYPE_CHECKING:
     from x2dfd.detector import Detector
@@ -50,6 +50,7 @@ class Verification:
     outcome: Outcome
     differences: tuple[str, ...]  # what does not come out again, in plain words
     notes: tuple[str, ...]  # what could not be compared, and does not count
+    unchecked: int = 0  # reports of the record that are about other files
 
 
 def record(results: Sequence[Report | Failure]) -> Json:
@@ -119,18 +120,16 @@ def _frames_stated(stated: Json) -> int | None:
         frames = frames_asked(stated["media"])
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    return frames if frames is not None and 1 <= frames <= 1000 else None
+    return frames if frames is not None and 1 <= frames <= MAX_FRAMES else None
 
 
 def verify(made: Json, file: Path, detector: Detector) -> Verification:
     """Judge `file` anew and compare with the record. The detector must be in the mode that the record states.
 
     A changed finding speaks against the record; another model, calibration or wording leaves it unconfirmed, and so
-    does a file that it is not about.
+    does a file that it is not about. Reports about other files are counted, not checked.
     """
     changed: list[str] = []
-    other: list[str] = []
-    notes: list[str] = []
     if made["seal"] != seal(made):
         changed.append("the record was changed after it was written: its seal does not fit")
     changed += [f"{key}: a case record has no such entry" for key in made if key not in KEYS]
@@ -145,6 +144,19 @@ def verify(made: Json, file: Path, detector: Detector) -> Verification:
         known += f" and {len(made['reports']) - 3} more" if len(made["reports"]) > 3 else ""
         line = f"the file has SHA-256 {quick.sha256}, and the record is about {known or 'no file'}"
         return Verification("differs" if changed else "other_file", (*changed, line), ())
+    verification = _compared(made, reports, file, quick, detector, changed)
+    return replace(verification, unchecked=len(made["reports"]) - len(reports))
+
+
+def _compared(
+    made: Json, reports: Sequence[Json], file: Path, quick: Report | Failure, detector: Detector, changed: list[str]
+) -> Verification:
+    """Compare the record's reports about a file, and what stands around them, with the file judged anew.
+
+    `quick`: the file's result without a rationale; `changed`: what speaks against the record already.
+    """
+    other: list[str] = []
+    notes: list[str] = []
     stated = reports[0]
     for double in reports[1:]:
         lines = _differing("", _comparable(stated), _comparable(double))

@@ -23,6 +23,7 @@ from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.model_spec import Dtype, ModelSpec
 from x2dfd.run_detect import load_quickly
 from x2dfd.terminal import printable, wrapped
+from x2dfd.types import MAX_FRAMES
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -53,13 +54,16 @@ class _Group(TyperGroup):
 
 
 def error_line(error: X2DFDError | OSError) -> str:
-    """The line for an error that a user can mend, such as a file that the system refuses; others are raised again."""
+    """The line for an error that a user can mend, such as a file that the system refuses; others are raised again.
+
+    What a stranger wrote, as in a manifest, does not reach the terminal as control characters.
+    """
     if isinstance(error, X2DFDError):
-        return error.line
+        return printable(error.line)
     if error.errno in (None, errno.EPIPE):  # not from the system, or a closed pipe, which typer handles
         raise error
     where = f"{error.filename}: " if error.filename else ""
-    return X2DFDError(f"{where}{error.strerror}", code="system_refuses").line
+    return printable(X2DFDError(f"{where}{error.strerror}", code="system_refuses").line)
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -157,7 +161,10 @@ Manifest = Annotated[
 Remote = Annotated[
     str, _input(metavar="A,B", help="Stores from which paths of the manifest are read (s3,gs), by fsspec.")
 ]
-Frames = Annotated[int, _input(min=1, metavar="N", help="Frames of a video or an animation, spread evenly over it.")]
+Frames = Annotated[
+    int,
+    _input(min=1, max=MAX_FRAMES, metavar="N", help="Frames of a video or an animation, spread evenly over it."),
+]
 Isolate = Annotated[
     bool,
     _input(
@@ -184,7 +191,7 @@ Table = Annotated[
         metavar="FILE",
         help="Also write a table (.parquet or .jsonl), a row per file. It resumes: a killed run leaves its rows in "
         "FILE.work, and files whose row is already there (same path, SHA-256, model, mode) are not judged again. "
-        "Rows of other files stay. With --manifest, results then go to the table alone.",
+        "Rows of other files stay; paths in it are absolute. With --manifest, results then go to the table alone.",
     ),
 ]
 BatchSize = Annotated[int, _scale(min=1, max=4096, metavar="N", help="Files judged at a time.")]
@@ -292,7 +299,7 @@ def verify(
         typer.echo(json.dumps(asdict(verification)))
     else:
         words = {
-            "holds": "the record holds",
+            "holds": "the record holds for this file",
             "differs": "THE RECORD DOES NOT HOLD",
             "other_version": "CANNOT BE CONFIRMED: another version or model made it, or it was changed to say so",
             "other_file": "ANOTHER FILE: the record is not about this one, or this one was changed",
@@ -300,6 +307,9 @@ def verify(
         typer.echo(words[verification.outcome])
         for line in verification.differences:
             typer.echo(f"  {printable(line)}")
+        if verification.unchecked:
+            others = f"not checked: {verification.unchecked:,} of the record's reports"
+            typer.echo(f"{others}, about other files; verify each with its own file")
         if spec.embedded and verification.outcome == "other_version" and case.another_adapter(contents, detector.info):
             typer.echo("If a model of your own made the record, name it: --model DIR")
         for line in verification.notes:

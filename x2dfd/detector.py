@@ -28,11 +28,11 @@ from x2dfd.faces import area_polygons
 from x2dfd.fetch import BASE_NAME
 from x2dfd.files import Json
 from x2dfd.intake import FoundFace, OnProgress, Ready, faces_of_report, ready, ready_or_failure
-from x2dfd.media import Picture, Source, Video
+from x2dfd.media import Picture, Source, Video, check_source
 from x2dfd.mllm import NOT_FINITE, Encoding, LanguageModel
 from x2dfd.model_spec import Mode
 from x2dfd.texts import readable, says_all, signs_to_name
-from x2dfd.types import MLLM, Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
+from x2dfd.types import MAX_FRAMES, MLLM, Cue, Evidence, Face, FaceReport, Failure, ModelInfo, Report, Verdict
 from x2dfd.validation import PROPOSITIONS, Validation
 
 NO_PHOTO = 0.9  # P(a drawing, a painting, a render) from which a face is not assessed: nobody took that photo
@@ -104,7 +104,7 @@ class Detector:
     def detect(self, source: Source, *, rationale: bool = True, frames: int = VIDEO_FRAMES) -> Report:
         """Judge one picture, or `frames` evenly spread frames of a video. `source`: a path, its bytes, or a PIL image.
 
-        Raises InputError with a reason code, whatever the file makes a library raise.
+        Raises InputError with a reason code, whatever the file makes a library raise; TypeError for another object.
         """
         [report] = self._judge([ready(source, frames, self.info.crop_size)], rationale)
         assert isinstance(report, Report)
@@ -125,9 +125,11 @@ class Detector:
         is read one batch ahead. `on_progress` gets each frame of a video, in that thread, once its faces are found, and
         each FaceReport once the face is judged. An InputError that it raises ends the work on that file or batch.
         """
-        if batch_size < 1 or frames < 1:
-            raise ValueError("batch_size and frames must be at least 1")
-        source = iter(sources)
+        if batch_size < 1 or not 1 <= frames <= MAX_FRAMES:
+            raise ValueError(f"batch_size must be at least 1, and frames from 1 to {MAX_FRAMES}")
+        if isinstance(sources, Source):
+            raise TypeError("detect_many takes a list of files, or another iterable of them; for one file, call detect")
+        source = map(check_source, sources)
         prepare = partial(ready_or_failure, frames=frames, side=self.info.crop_size, on_progress=on_progress)
         decoder = ThreadPoolExecutor(1, "x2dfd-decode")
         try:

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import secrets
+import stat
 import sys
 import tempfile
 import threading
@@ -216,14 +218,16 @@ def json_sha256(value: object) -> str:
 def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary file to write in the `with` block, which then replaces `path`; an exception leaves `path` unchanged.
 
-    The folder must exist. Raises OSError where writing is not possible.
+    The new file has the rights of the old one, or those that the user's umask leaves. A link stays, and its target is
+    replaced. The folder must exist. Raises OSError where writing is not possible.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o600 if path.exists() else 0o666))
     try:
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
         yield temporary
-        temporary.chmod(0o644)  # mkstemp makes it private
+        temporary.chmod(mode)  # safetensors puts a private file of its own there
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -44,7 +44,7 @@ from x2dfd.experts import DEFAULT, Expert, load_expert
 from x2dfd.fetch import BASE_NAME
 from x2dfd.files import file_sha256
 from x2dfd.mllm import LanguageModel, LocalMLLM
-from x2dfd.model_spec import Bits, Dtype, Mode, ModelSpec
+from x2dfd.model_spec import MAX_THREADS, Bits, Dtype, Mode, ModelSpec
 from x2dfd.tower import CLOSER, quick_in_16_bits, ranges_file
 from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import ModelInfo
@@ -77,6 +77,10 @@ def load(
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
+        if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+            raise SetupError(
+                f"threads is a whole number from 1 to {MAX_THREADS}, not {threads!r}", code="option_invalid"
+            )
         torch.set_num_threads(threads)
     if spec.expert is not None:
         raise SetupError(

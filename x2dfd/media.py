@@ -27,12 +27,20 @@ from x2dfd.files import Json
 from x2dfd.paths import open_source
 from x2dfd.sniffing import sniff
 from x2dfd.stills import Picture, decode, from_image, open_image
+from x2dfd.types import MAX_FRAMES
 from x2dfd.video import Frame, Video, load_video
 from x2dfd.worker import isolated
 
-__all__ = ["Frame", "Picture", "Source", "Video", "load_media", "load_picture", "media_summary"]
+__all__ = ["Frame", "Picture", "Source", "Video", "check_source", "load_media", "load_picture", "media_summary"]
 
 Source = str | Path | bytes | Image.Image
+
+
+def check_source(source: object) -> Source:
+    """The same object. Raises TypeError where it is no path, bytes or picture."""
+    if isinstance(source, Source):
+        return source
+    raise TypeError(f"a file is a path (str or Path), its bytes or a PIL image, not {type(source).__name__}")
 
 
 @isolated
@@ -43,10 +51,11 @@ def load_media(
 
     `source` is a local path, the file's bytes, or a PIL image. `Video.frames` holds the results of `keep`, so that a
     caller can hold one frame at a time; under `worker.isolating`, `keep` has to be a module's function. Raises
-    InputError for a file that cannot be used, and the exceptions of `keep`.
+    InputError for a file that cannot be used, TypeError for what names no file, and the exceptions of `keep`.
     """
-    if max_frames < 1:
-        raise ValueError("max_frames must be at least 1")
+    check_source(source)
+    if not 1 <= max_frames <= MAX_FRAMES:
+        raise ValueError(f"the number of frames must be from 1 to {MAX_FRAMES}, not {max_frames}")
     with one_file("decoding"):
         if isinstance(source, Image.Image):
             return from_image(source)
@@ -64,6 +73,7 @@ def load_media(
 
 def load_picture(source: Source) -> Picture:
     """Decode a picture, or the first of an animation. Raises InputError; the code is `is_video` for a video."""
+    check_source(source)
     with one_file("decoding"):
         if isinstance(source, Image.Image):
             return from_image(source)

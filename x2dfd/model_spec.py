@@ -31,6 +31,7 @@ from x2dfd.errors import SetupError
 Mode = Literal["calibrated", "paper"]
 Dtype = Literal["fp32", "bf16", "fp16", "int8"]
 Bits = Literal[4, 8]
+MAX_THREADS = 1024  # of a CPU
 
 EMBEDDED_NAME, HUB, EXPERT, PACE = "embedded", "hub:", "expert:", "?requests-per-minute="
 

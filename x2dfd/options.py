@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from x2dfd.model_spec import Bits, Dtype, LoadOptions, Mode
+from x2dfd.model_spec import MAX_THREADS, Bits, Dtype, LoadOptions, Mode
 
 MODEL_HELP = (
     "embedded, an adapter directory, hub:NAME, hub:NAME+DIR, NAME@http://HOST/v1 or NAME@http://HOST/v1+DIR. "
@@ -43,7 +43,7 @@ BitsOption = Annotated[
     Literal["4", "8"] | None, of_model("--bits", help="Quantise a large MLLM's weights to 4 or 8 bits (bitsandbytes).")
 ]
 DeviceMap = Annotated[str | None, of_model("--device-map", metavar="auto", help="Spread a large MLLM over all GPUs.")]
-Threads = Annotated[int | None, of_model("--threads", min=1, max=1024, metavar="N", help="CPU threads.")]
+Threads = Annotated[int | None, of_model("--threads", min=1, max=MAX_THREADS, metavar="N", help="CPU threads.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of all random choices.")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on stdout.", rich_help_panel="Output")]
 

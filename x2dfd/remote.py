@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -18,6 +19,9 @@ from x2dfd.types import Failure, Report, result_of
 
 MAX_UPLOAD = 100_000_000  # bytes; the server holds it in memory
 TIMEOUT_S = 600.0  # seconds for an answer: a long clip on a busy machine
+HEADERS = {"Content-Type": "application/octet-stream"}
+BUSY, FAILED = 503, 422  # of the status; the file of a failed one is a row
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before a server that is busy is asked again
 
 
 class ServerDetector:
@@ -59,15 +63,8 @@ class ServerDetector:
             yield result
 
     def _request(self, path: str, data: bytes | None) -> Json:
-        headers = {"Content-Type": "application/octet-stream"}
         try:
-            try:
-                with self._open(Request(self._url + path, data, headers), timeout=TIMEOUT_S) as reply:
-                    content = parse_json(reply.read())
-            except HTTPError as error:
-                if error.code != 422:  # it is busy, or answers under other names only
-                    raise X2DFDError(f"{self._url} refuses: {error}", code="server_refuses") from error
-                content = parse_json(error.read())
+            content = parse_json(self._answer(Request(self._url + path, data, HEADERS)))
         except (URLError, OSError, HTTPException, ValueError) as error:
             raise X2DFDError(
                 f"{self._url} does not answer ({getattr(error, 'reason', error)}); start it: x2dfd serve",
@@ -78,3 +75,28 @@ class ServerDetector:
                 f"{self._url} is not an `x2dfd serve`: it answered {json.dumps(content)[:60]}", code="server_reply"
             )
         return content
+
+    def _answer(self, request: Request) -> bytes:
+        """The body of the answer; a server that is busy is asked again after each pause."""
+        pauses = iter(PAUSES_S)
+        while True:
+            try:
+                with self._open(request, timeout=TIMEOUT_S) as reply:
+                    return bytes(reply.read())
+            except HTTPError as error:
+                with error:
+                    body = error.read()
+                if error.code == FAILED:
+                    return body
+                pause = next(pauses, None)
+                if error.code != BUSY or pause is None:  # else it answers under other names only, or takes no such file
+                    raise X2DFDError(f"{self._url} refuses: {error}{_reason(body)}", code="server_refuses") from error
+            time.sleep(pause)
+
+
+def _reason(body: bytes) -> str:
+    """The reason in a refusal of `x2dfd serve`, to follow its status; "" in any other body."""
+    try:
+        return f": {parse_json(body)['error']['reason']}"[:200]
+    except (ValueError, KeyError, TypeError):
+        return ""

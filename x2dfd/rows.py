@@ -2,6 +2,7 @@
 
 During a run the rows are in an SQLite file in the table's folder (`NAME.work`), written once a second. At the end the
 table itself (Parquet, or JSONL) is written whole from it. A killed run, or a later one over the same files, resumes.
+A row's path is absolute, so that files of the same name in different folders have a row each.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from x2dfd.errors import X2DFDError, first_line
 from x2dfd.files import Json, atomic_write, check_fields, parse_json
-from x2dfd.stores import sha256_of
+from x2dfd.stores import STDIN, sha256_of
 from x2dfd.types import Failure, Report, frames_asked
 
 if TYPE_CHECKING:
@@ -72,7 +75,9 @@ class Rows:
         """Add a file to this run; False when the run holds it already."""
         self._count += 1
         with self._guard():
-            cursor = self._database.execute("INSERT OR IGNORE INTO asked VALUES (?, ?)", (self._count, utf8(path)))
+            cursor = self._database.execute(
+                "INSERT OR IGNORE INTO asked VALUES (?, ?)", (self._count, utf8(_absolute(path)))
+            )
         self.doubles += cursor.rowcount == 0
         return cursor.rowcount == 1
 
@@ -82,12 +87,14 @@ class Rows:
             row = self._database.execute(
                 "SELECT sha256, report FROM rows WHERE path = ? AND error_code IS NULL AND rationale = ? "
                 "AND model_hash = ?",
-                (utf8(path), self._rationale, self._model_hash),
+                (utf8(_absolute(path)), self._rationale, self._model_hash),
             ).fetchone()
         if row is None:
             return None
         try:
-            return _stored_report(row[1], self._model_hash) if sha256_of(path) == row[0] else None
+            if sha256_of(path) != row[0]:
+                return None
+            return replace(_stored_report(row[1], self._model_hash), path=str(path))  # as this run names it
         except OSError:  # judging it again gives the reason
             return None
         except (ValueError, KeyError, TypeError):
@@ -96,8 +103,9 @@ class Rows:
 
     def add(self, path: Place, result: Report | Failure) -> None:
         """Store a result; it replaces an older one of that path."""
+        place = _absolute(path)
         row: Json = dict.fromkeys(COLUMNS)
-        row |= {"path": utf8(path), "sha256": result.sha256, "mode": self._mode, "rationale": self._rationale}
+        row |= {"path": utf8(place), "sha256": result.sha256, "mode": self._mode, "rationale": self._rationale}
         if isinstance(result, Failure):
             row |= {"error_code": result.code, "error_reason": result.reason}
         else:
@@ -107,9 +115,9 @@ class Rows:
                 "p_fake": result.verdict.p_fake,
                 "reason": result.verdict.reason,
                 "n_faces": len(result.faces),
-                # As Report.to_json, but without the copy that asdict makes, and without the batch's timings, so that
-                # the same files give the same bytes in every run, shard and cluster.
-                "report": json.dumps(vars(result) | {"timings": {}}, default=vars, allow_nan=False),
+                # As Report.to_json, but without the copy that asdict makes, and without the batch's timings and the
+                # path as typed, so that the same files give the same bytes in every run, shard and cluster.
+                "report": json.dumps(vars(result) | {"path": place, "timings": {}}, default=vars, allow_nan=False),
             }
         self._put(row)
         if time.monotonic() - self._save_time >= SECONDS:
@@ -231,6 +239,16 @@ def _fits(value: object, kind: str) -> bool:
     if kind == "int32":
         return isinstance(value, int) and abs(value) < 2**31
     return isinstance(value, str) if kind == "string" else kind == "double" and isinstance(value, int | float)
+
+
+def _absolute(place: Place) -> str:
+    """A place as rows name it, whatever folder the command is run in."""
+    if isinstance(place, str) and (place == STDIN or "://" in place):
+        return place
+    folder, name = os.path.split(place)
+    if ".." in Path(folder).parts:  # behind a link, it leads elsewhere than the text says
+        folder = os.path.realpath(folder)
+    return os.path.abspath(os.path.join(folder, name))
 
 
 def utf8(path: str | Path) -> str:

@@ -80,7 +80,9 @@ class Run:
         for option, target in (("--report", self.report), ("--out", self.out)):
             if target is not None and not target.parent.is_dir():
                 raise typer.BadParameter(f"the folder {target.parent} does not exist: make it first", param_hint=option)
-            if target is not None and (target.is_dir() or not os.access(target.parent, os.W_OK)):
+            if target is not None and (
+                target.is_dir() or not os.access(Path(os.path.realpath(target)).parent, os.W_OK)
+            ):
                 raise typer.BadParameter(f"{target} cannot be written", param_hint=option)
         from x2dfd.stores import is_pipe
 
@@ -130,7 +132,7 @@ class Run:
 
     def shard_of(self, place: Place) -> int:
         """The shard of a file: by its name below the manifest, so that a folder may be mounted elsewhere."""
-        name, folder = str(place), self.manifest.absolute().parent if self.manifest is not None else None
+        name, folder = str(place), Path(os.path.abspath(self.manifest)).parent if self.manifest is not None else None
         if folder is not None and isinstance(place, Path) and place.is_relative_to(folder):
             name = str(place.relative_to(folder))
         return crc32(name.encode("utf-8", "surrogatepass")) % self.n_shards + 1
@@ -333,7 +335,7 @@ def _pictures(path: Path, result: Report | Failure) -> Pictures:
         source = read_address(str(path)) if is_pipe(path) else path
         sha256, pictures = shrunk(source, frames_asked(result.media) or 1, {face.frame for face in result.faces})
     except InputError as error:
-        typer.echo(f"{printable(str(path))}: the page shows no picture of it: {error}", err=True)
+        typer.echo(printable(f"{path}: the page shows no picture of it: {error}"), err=True)
         return None
     if sha256 != result.sha256:
         typer.echo(f"{printable(str(path))}: the page shows no picture of it: the file changed meanwhile", err=True)

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from x2dfd.addresses import host_of, is_loopback
+from x2dfd.addresses import check_host, host_of, is_loopback
 from x2dfd.errors import SetupError
 from x2dfd.files import Json
 from x2dfd.remote import MAX_UPLOAD
-from x2dfd.types import Failure, Report
+from x2dfd.types import MAX_FRAMES, Failure, Report
 
 try:
     import python_multipart  # noqa: F401
@@ -79,7 +79,9 @@ def application(detector: "Detector", hosts: Collection[str] | None = LOOPBACK) 
         with lock:
             return next(iter(detector.detect_many([data], rationale=rationale, frames=frames)))
 
-    async def detect(request: Request, rationale: bool = True, frames: int = Query(32, ge=1)) -> Response:
+    async def detect(
+        request: Request, rationale: bool = True, frames: int = Query(32, ge=1, le=MAX_FRAMES)
+    ) -> Response:
         """Judge the posted picture or video. 422: it cannot be judged, with the reason in `error`."""
         nonlocal uploads
         if uploads >= AT_ONCE:
@@ -168,6 +170,7 @@ def serve(detector: "Detector", host: str, listener: socket.socket) -> None:
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket that listens there, opened before a model is loaded. Raises SetupError where that fails."""
+    check_host(host)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:

@@ -78,6 +78,8 @@ def _read_pipe(path: str) -> bytes:
     """The bytes of a pipe, cached, as judging, hashing and the report all need them."""
     try:
         if path == STDIN:
+            if sys.stdin is None:  # as after `<&-`
+                raise InputError("unreadable", "standard input is closed")
             return sys.stdin.buffer.read(MAX_BYTES + 1)
         with open(path, "rb") as file:
             return file.read(MAX_BYTES + 1)

@@ -277,6 +277,10 @@ def renamed(results: Sequence[Report | Failure], names: Sequence[str | None]) ->
     return made
 
 
+MAX_FRAMES = 1000
+"""Frames that can be asked of a clip, as memory holds the crops of all; `verify` takes no record that states more."""
+
+
 def frames_asked(media: Json) -> int | None:
     """The number of frames that were requested of the clip of a `Report.media`; None for a picture."""
     if media.get("kind") != "video":
