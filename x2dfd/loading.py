@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -49,6 +50,9 @@ from x2dfd.tower import CLOSER, quick_in_16_bits, ranges_file
 from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import ModelInfo
 from x2dfd.validation import Validation
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads: OpenMP would wait for its own
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 
 def load(
