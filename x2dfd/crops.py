@@ -52,6 +52,14 @@ class CropSet:
         """Indices of the samples whose fields have the given values."""
         return np.flatnonzero([all(getattr(s, k) == v for k, v in equal.items()) for s in self.samples])
 
+    def lost(self, wanted: Sequence[str] | None = None) -> str | None:
+        """A sentence on the samples without a usable face, among those of the `wanted` ids; None where all have one."""
+        wanted = [*(s.id for s in self.samples), *self.unusable] if wanted is None else wanted
+        if not (lost := [name for name in wanted if name in self.unusable]):
+            return None
+        example = f"{lost[0]}, {self.unusable[lost[0]]}" + (", and others" if len(lost) > 1 else "")
+        return f"{len(lost)} of {len(wanted)} pictures not used: no usable face ({example})"
+
 
 Cropped = tuple[Face, NDArray[np.uint8] | None]
 """A face, and its mask where the sample has one."""
