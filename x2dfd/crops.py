@@ -123,6 +123,20 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     return data
 
 
+def load_sets(manifests: Sequence[Path], workers: int = 1, side: int = CROP_SIZE) -> list[CropSet]:
+    """The crops of each manifest. Raises X2DFDError for a picture in two of them, as it would count twice."""
+    manifest_of: dict[Path, Path] = {}
+    for manifest in manifests:
+        for sample in read_manifest(manifest):
+            if sample.path in manifest_of:
+                raise X2DFDError(
+                    f"{sample.path} is in {manifest_of[sample.path]} and again in {manifest}: it would count twice",
+                    code="manifest_path_twice",
+                )
+            manifest_of[sample.path] = manifest
+    return [load_crops(path, workers, side) for path in manifests]
+
+
 def _saved(samples: Sequence[Sample], folder: Path, key: dict[str, str], side: int) -> CropSet | None:
     """The crops in a folder; None where they are absent, damaged or of other files."""
     try:

@@ -29,7 +29,7 @@ from x2dfd.calibration import (
     probabilities,
     sigmoid,
 )
-from x2dfd.crops import CropSet, load_crops
+from x2dfd.crops import CropSet, load_sets
 from x2dfd.detector import Detector, evidence_of, through_codec
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN, Expert, load_expert
@@ -87,7 +87,7 @@ def calibrate(
     options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
     detector = load(spec, **options, ignore_calibration=True)  # one of other experts would prevent loading
     held_out_sets = held_out_in(held_out, names) if held_out else []
-    sets = [load_crops(path, side=detector.info.crop_size) for path in data]
+    sets = load_sets(data, side=detector.info.crop_size)
     scorer = partial(_scorer, split=split, held_out_sets=held_out_sets, never=card.held_out)
     chosen = [
         (crops, _some(crops, [i for i, s in enumerate(crops.samples) if scorer(s) == number], limit), held_out_set)
