@@ -1,4 +1,4 @@
-"""The aligned face crops of a manifest for trainings and assessments, computed once and saved beside it."""
+"""The aligned face crops of a manifest for trainings and assessments, computed once and saved."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
+from x2dfd.fetch import cache_dir
 from x2dfd.files import atomic_write, locked_folder, read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
@@ -104,13 +105,18 @@ def mask_on_crop(
 def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropSet:
     """Read the crops beside `manifest`, and compute them first if they are absent or belong to other files.
 
-    `side` is that of the crops that the MLLM sees. Raises X2DFDError when no file of the manifest has a usable face.
+    Where its folder cannot be written, they are in the cache of x2dfd. `side` is that of the crops that the MLLM sees.
+    Raises X2DFDError when no file of the manifest has a usable face.
     """
     samples = read_manifest(manifest)
     folder = manifest.parent / f".crops-{manifest.stem}{'' if side == CROP_SIZE else f'-{side}'}"
     key = {"manifest": manifest_sha256(manifest), "files": _file_states(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
     data = _saved(samples, folder, key, side)
+    if data is None and not os.access(folder if folder.exists() else manifest.parent, os.W_OK):
+        place = hashlib.sha256(os.path.abspath(manifest).encode()).hexdigest()[:16]
+        folder = cache_dir() / "crops" / f"{place}{folder.name}"
+        data = _saved(samples, folder, key, side)
     if data is None:
         with locked_folder(folder, wait=True):
             data = _saved(samples, folder, key, side)  # another process may have made them in the meantime
