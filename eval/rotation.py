@@ -193,7 +193,7 @@ def run(
     """What experts say of what they never met."""
     folder = ModelSpec.parse(str(model)).adapter or EMBEDDED
     calibration = Calibration.load(folder)
-    names = [name for name, weight in calibration.weights.items() if weight > 0 and name != MLLM]
+    names = [name for name in calibration.weights if calibration.counts(name) and name != MLLM]
     own = [load_expert(name, folder / "experts") for name in names]
     held_out_sets = held_out_in(towers, names)
     sets = load_sets(data)
