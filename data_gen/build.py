@@ -8,6 +8,7 @@ record carries the truth about its picture.
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -73,13 +74,17 @@ class BuildConfig:
 
 def build(config: BuildConfig, out: Path) -> Path:
     """Write `instructions.jsonl`, a Parquet copy, and `card.json` with counts into `out`; returns the JSONL's path.
-    Raises X2DFDError for a fake of unknown class, or when nothing is left to build from, and UnknownName for a
-    format."""
+
+    Pictures without a usable face are left out; a line on stderr and the card say how many. Raises X2DFDError for a
+    fake of unknown class, or when nothing is left to build from, and UnknownName for a format.
+    """
     if config.format is not None and config.format not in FORMATS:
         raise UnknownName("format", config.format, FORMATS)
     if not 0 <= config.corrupt <= 1:
         raise X2DFDError(f"corrupt must be a share from 0 to 1, not {config.corrupt}", code="share_out_of_range")
     data = load_crops(Path(config.data), side=config.crop_size)
+    if lost := data.lost():
+        print(lost, file=sys.stderr)
     strong = _explainable_cues(config)
     rows = [int(i) for i in training_rows(data, config.limit)]
     unclear = [data.samples[i].id for i in rows if data.samples[i].label == "fake" and not data.samples[i].df_class]
@@ -105,7 +110,8 @@ def build(config: BuildConfig, out: Path) -> Path:
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     write_text(out / "instructions.jsonl", text)
     _write_parquet(out / "instructions.parquet", records)
-    write_text(out / "card.json", json.dumps(data_card(records, config, out), indent=1, ensure_ascii=False) + "\n")
+    card = data_card(records, config, out) | {"without_a_face": len(data.unusable)}
+    write_text(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     if config.format is not None:
         export(records, data, config.view_seed, out, config.format)
     return out / "instructions.jsonl"

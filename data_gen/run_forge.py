@@ -365,11 +365,25 @@ def _run_locked(config: ForgeConfig, settings: Json, out: Path, workers: int) ->
         raise X2DFDError(f"{out} holds a forge run with other settings; choose another --out", code="settings_differ")
     if manifest.is_file() and not settings_file.is_file():
         raise X2DFDError(f"{manifest} was not written by a forge run; choose another --out", code="not_a_forge_run")
-    if manifest.is_file():
-        return manifest
-    write_text(settings_file, json.dumps(settings, indent=1) + "\n")
-    resumed(out, config.count, lambda todo: _forge_rows(config, out, todo, workers))
+    if not manifest.is_file():
+        write_text(settings_file, json.dumps(settings, indent=1) + "\n")
+        resumed(out, config.count, lambda todo: _forge_rows(config, out, todo, workers))
+    _restore(config, out, manifest, workers)
     return manifest
+
+
+def _restore(config: ForgeConfig, out: Path, manifest: Path, workers: int) -> None:
+    """Make pictures again of which the file or its mask was deleted."""
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    rows = {row["path"]: row for row in (json_object(line, manifest) for line in lines)}
+    lost = [
+        int(Path(path).stem)
+        for path, row in rows.items()
+        if not all((out / row[file]).is_file() for file in ("path", "mask") if file in row)
+    ]
+    if lost:
+        remade = progress(_forge_rows(config, out, lost, workers), "forging again", len(lost))
+        write_manifest(manifest, (rows | {row["path"]: row for row in remade}).values())
 
 
 def _forge_rows(config: ForgeConfig, out: Path, todo: Sequence[int], workers: int) -> Iterator[Json]:

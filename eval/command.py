@@ -121,6 +121,12 @@ def _run(run_options: Options, reference_file: Path | None) -> bool:
     result = run(run_options)
     for name, figure in result["headline"].items():
         print(_line(name, Measured.read(figure)))
+    if failures := result["failures"]:
+        n, failed = result["data"]["n"], sum(failures.values())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in failures.items())
+        say(f"{failed} of {n} files could not be judged: {reasons}")
+        if failed == n:
+            raise typer.Exit(2)
     if reference is None:
         return True
     comparison = compare(result, run_options.out, reference)
@@ -159,7 +165,7 @@ def _list() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 on success, 1 on drift from the reference, 2 on an error that the user has to mend."""
+    """Returns 0 on success, 1 on drift from the reference, 2 on a user's error or if no file could be judged."""
     try:
         app(None if argv is None else list(argv), prog_name="run_bench.py")
     except SystemExit as done:  # every end, also with typer's own messages

@@ -35,7 +35,7 @@ from eval.tasks.experts import sharpness
 from x2dfd.adapter import EMBEDDED
 from x2dfd.calibration import Calibration, logit, logits_of
 from x2dfd.cli import run_command
-from x2dfd.crops import CropSet, load_crops
+from x2dfd.crops import CropSet, load_sets
 from x2dfd.detector import evidence_of, through_codec, versions
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import Expert, load_expert
@@ -194,10 +194,10 @@ def run(
     """What experts say of what they never met."""
     folder = ModelSpec.parse(str(model)).adapter or EMBEDDED
     calibration = Calibration.load(folder)
-    names = [name for name, weight in calibration.weights.items() if weight > 0 and name != MLLM]
+    names = [name for name in calibration.weights if calibration.counts(name) and name != MLLM]
     own = [load_expert(name, folder / "experts") for name in names]
     held_out_sets = held_out_in(towers, names)
-    sets = [load_crops(path) for path in data]
+    sets = load_sets(data)
     found: list[Part] = []
     for held_out in held_out_sets:
         typer.echo(f"without {', '.join(sorted(held_out.left_out))}", err=True)

@@ -156,6 +156,8 @@ def check_config(config: FinetuneConfig) -> None:
     clashes = {
         "instructions, manifest and weights must be equal in number": bool(counts - {count})
         or isinstance(config.instructions, str) != isinstance(config.manifest, str),
+        "an instruction set is listed twice: give it a weight": len({*map(str, config.instructions)}) < count
+        and isinstance(config.instructions, tuple),
         "name must not be empty": not config.name.strip(),
         "weights must be above 0": not all(0 < w < math.inf for w in config.weights),
         "lora_dropout must be below 1": config.lora_dropout >= 1,

@@ -290,6 +290,25 @@ def test_an_expert_that_got_no_weight_locks_no_model_and_decides_nothing(
     assert [e.expert for e in report.evidence] == [tiny.EXPERT, "darkness"] and report.uncounted == {"darkness"}
 
 
+def test_an_expert_that_the_calibration_weighs_is_not_left_out_without_a_word(
+    adapter: Path, base: Path, face_photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: experts=[...] leaves out a score that the band was fitted with, and no warning says so."""
+    monkeypatch.setitem(BUILTIN, "darkness", "tests.test_adapter:Darkness")
+    before = Calibration.load(adapter)
+    [(kind, one)] = before.kinds.items()
+    joined = replace(one, weights=one.weights | {"darkness": 1.0}, means=one.means | {"darkness": 0.0})
+    fitted = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
+    replace(before, kinds={kind: joined}, fitted_on=fitted).save(adapter)
+    spec = f"hub:{base}+{adapter}"
+    assert x2dfd.load(spec).detect(face_photo, rationale=False).warnings == ()
+    [warning] = x2dfd.load(spec, experts=["darkness"]).detect(face_photo, rationale=False).warnings
+    assert tiny.EXPERT in warning and "darkness" not in warning
+    with raises("expert_missing", tiny.EXPERT, "darkness"):
+        x2dfd.load(spec, experts=[])
+    assert x2dfd.load(spec, mode="paper", experts=[]).experts == []
+
+
 class Darkness(tiny.Brightness):
     """Another expert, that no adapter of these tests was trained with."""
 

@@ -354,7 +354,7 @@ def test_what_is_not_judged_is_said_and_not_real(visitor: Visitor) -> None:
 def test_an_expert_without_a_weight_is_named_so(report: Report) -> None:
     """A score of 91 % beside "likely real" is a riddle where the expert does not count."""
     assert "no weight" not in follow_up.who_said(report, report.faces[0])
-    told = replace(report, model={**report.model, "weights": {"mllm": 1.0, "tower": 0.0, "clip": 0.4}})
+    told = replace(report, model={**report.model, "weights": {"mllm": 1.0, "tower": 0.0, "clip": 0.4, "swin": 0.4}})
     [line] = [line for line in follow_up.who_said(told, told.faces[0]).splitlines() if "no weight" in line]
     assert line == "- tower: 91 % (no weight of its own in the verdict)"
     panel = Page(pieces.face_panel(pieces.Case(told, "one.jpg", {None: ""}), 0)).text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,18 @@ def test_the_data_card_counts_what_is_there(manifest: Path, tmp_path: Path) -> N
     assert card["config"]["experts"] == [tiny.EXPERT]
     table = pq.read_table(tmp_path / "instructions.parquet").to_pylist()
     assert [(r["id"], json.loads(r["cues"])) for r in table] == [(r["id"], r["cues"]) for r in records]
+
+
+def test_pictures_that_are_left_out_are_counted(
+    manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: pictures that are missing or show no face are left out, and nothing says how many."""
+    gone = [replace(s, path=tmp_path / "gone.png") if s.id == "s3" else s for s in read_manifest(manifest)]
+    write_manifest(tmp_path / "gone.jsonl", gone)
+    records = made(tmp_path / "gone.jsonl", tmp_path / "out")
+    assert "s3" not in {r["image"] for r in records}
+    assert "1 of 12 pictures not used: no usable face (s3, not_found)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["without_a_face"] == 1
 
 
 def test_a_fake_of_unknown_class_and_an_empty_set_are_refused(manifest: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 import x2dfd.run_calibrate
 from eval.tasks.detect import seen_at_fit
+from external_detectors.train.probe import probe
+from external_detectors.train.tower import tower
 from tests import tiny
 from tests.raising import raises
 from x2dfd import cli
@@ -401,6 +403,21 @@ def test_left_out_is_a_list_of_names(tmp_path: Path, left_out: object) -> None:
     write_card(card, replace(read_card(card), figures={"left_out": left_out}))
     with raises("left_out_invalid", tmp_path / "c"):
         held_out_in(tmp_path, [tiny.EXPERT])
+
+
+def test_a_picture_counts_once_over_all_manifests(spec: str, photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a manifest that is given twice, or two that share a picture, count its pictures twice."""
+    with raises("manifest_path_twice", photos):
+        calibrate(spec, [photos, photos])
+    shared = read_manifest(photos)[2]
+    write_manifest(tmp_path / "more.jsonl", [replace(shared, id="other")])
+    both, facts = [photos, tmp_path / "more.jsonl"], (shared.path, photos, tmp_path / "more.jsonl")
+    with raises("manifest_path_twice", *facts):
+        calibrate(spec, both)
+    with raises("manifest_path_twice", *facts):
+        tower(both, tmp_path / "out")
+    with raises("manifest_path_twice", *facts):
+        probe(both, tmp_path / "features", tmp_path / "out")
 
 
 def test_a_calibration_that_fails_leaves_the_last_one(

@@ -726,6 +726,14 @@ def test_doctor_says_whether_int8_has_its_ranges(monkeypatch: pytest.MonkeyPatch
     assert present.ok and lacking.ok is False and "clip.int8.safetensors" in lacking.detail and lacking.mend
 
 
+def test_doctor_names_one_remedy_for_foreign_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: two remedies in two lines, of which the first does not mend the package's own files."""
+    monkeypatch.setattr("x2dfd.tower._identity", lambda additions: "another tower")
+    for check in doctor._ranges():
+        assert check.ok is False and check.mend == doctor.REINSTALL
+        assert "of another tower" in check.detail and "reinstall" not in check.detail and "measure" not in check.detail
+
+
 def test_a_long_help_is_in_panels(run: Run) -> None:
     """Bug prevented: two dozen options in one list, in which nobody finds the one that he needs."""
     shown = run("detect", "--help").stdout

@@ -112,6 +112,20 @@ print([s.id for s in crops.load_crops(manifest).samples])
 
 
 @pytest.mark.slow
+def test_crops_of_a_folder_that_cannot_be_written_are_kept_in_the_cache(
+    mixed: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: pictures on a read-only disk end in "Read-only file system", without a way out."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("X2DFD_CACHE", str(cache))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != mixed.parent)
+    before = sorted(mixed.parent.iterdir())
+    made = load_crops(mixed)
+    assert len(made.samples) == 2 and sorted(mixed.parent.iterdir()) == before
+    monkeypatch.setattr(crops_module, "_compute", lambda *_: pytest.fail("computed again"))
+    assert np.array_equal(load_crops(mixed).crops, made.crops)
+
+
 def test_the_second_of_two_runs_reads_the_crops_of_the_first(mixed: Path) -> None:
     """The slower of two trainings that began together ended with 'No such file: crops.part.npy'."""
     both = [

@@ -6,12 +6,14 @@ import builtins
 import errno
 import io
 import json
+import os
 import shutil
 import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +411,28 @@ def test_a_percentage_is_calibrated_or_the_papers_own(
         x2dfd.load(f"hub:{base}", experts=[], mode="papers")  # type: ignore[arg-type]
     bare = x2dfd.load(f"hub:{base}", experts=[]).detect(face_photo, rationale=False)
     assert bare.evidence == () and bare.verdict.p_fake == bare.faces[0].p_fake_mllm
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_judges_as_its_parent_does(detector: Detector, face_photo: Path) -> None:
+    """Bug prevented: after a fork, OpenMP waits for ever for the threads that it had in the parent process."""
+    before, answers = torch.get_num_threads(), get_context("fork").SimpleQueue()
+
+    def judge() -> None:
+        torch.rand(1000, 1000).softmax(1)  # a tiny model is too small to be shared among threads
+        answers.put(detector.detect(face_photo).verdict)
+
+    torch.set_num_threads(2)
+    try:
+        judge()
+        child = get_context("fork").Process(target=judge, daemon=True)
+        child.start()
+        child.join(60)
+        child.kill()
+    finally:
+        torch.set_num_threads(before)
+    own = answers.get()
+    assert not answers.empty() and answers.get().p_fake == pytest.approx(own.p_fake, abs=1e-4)
 
 
 def test_only_an_expert_that_decides_takes_a_verdict_back(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:

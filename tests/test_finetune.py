@@ -93,6 +93,7 @@ def test_yaml_and_flags_are_two_spellings_of_one_thing(tmp_path: Path) -> None:
         ("tower=forensic", "config_invalid", "expert_weights"), ("patience=2", "config_invalid", "eval_steps"),
         ("weights=[1, 2]", "config_invalid", "weights"), ("targets=(", "config_invalid", "targets"),
         ("targets=a{99999999999}", "config_invalid", "targets"),
+        ("instructions=[i, i]", "config_invalid", "twice"),  # its pictures would count twice without a word
     ],
 )  # fmt: skip
 def test_a_slip_is_refused_before_anything_is_loaded(override: str, code: str, fact: str) -> None:

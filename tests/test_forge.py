@@ -379,6 +379,18 @@ def test_a_finished_run_is_returned_and_another_one_refused(
     assert _files(tmp_path / "out") == before
 
 
+def test_a_finished_run_makes_deleted_pictures_again(config: ForgeConfig, tmp_path: Path) -> None:
+    """Bug prevented: a run whose pictures were deleted is called finished, and a training misses them."""
+    forged = replace(config, count=3, forged=1.0, ready_made=0.0)
+    manifest = run(forged, tmp_path)
+    before, rows = _files(tmp_path), _rows(manifest)
+    masked = next(row for row in rows if "mask" in row)
+    other = next(row for row in rows if row is not masked)
+    (tmp_path / masked["mask"]).unlink()
+    (tmp_path / other["path"]).unlink()
+    assert run(forged, tmp_path) == manifest and _files(tmp_path) == before
+
+
 def test_rows_say_what_is_on_disk(config: ForgeConfig, all_forged: ForgeConfig, photos: Path, tmp_path: Path) -> None:
     """Bug prevented: a mask of another size than its picture, a hash of other bytes, a label that the cues belie; a
     data card that cannot say under what licence its pictures stand."""

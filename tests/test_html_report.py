@@ -231,11 +231,15 @@ def test_two_faces_keep_their_areas_apart() -> None:
 
 
 def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A score without weight is taken for the reason, one without its blind spot is misread, and none is drawn as 0."""
-    told = report(model={**report().model, "weights": {"mllm": 0.5, "blend": 1.0, "mesonet": 0.0}})
+    """Bug prevented: a score without weight, or of an expert that the weights do not name, is taken for the reason; one
+    without its blind spot is misread, and none is drawn as 0."""
+    weights = {"mllm": 0.5, "blend": 1.0, "frequency": 1.0, "swin": 1.0, "mesonet": 0.0}
+    told = report(model={**report().model, "weights": weights})
     assert html_report.UNCOUNTED not in page(report()).text
     assert told.uncounted == {"mesonet"} and f"mesonet 22 % {html_report.UNCOUNTED}" in page(told).text
     assert page(told).text.count(html_report.UNCOUNTED) == 1
+    del weights["mesonet"]
+    assert told.uncounted == {"mesonet"}
     seen = page(report())
     assert len(seen.all("div", **{"class": "bar"})) == 3
     tail = seen.text.split("Experts that gave no score")[1]

@@ -195,6 +195,17 @@ def test_one_pass_reports_all_scorers_and_counts_what_had_no_score(runs: Runs) -
     assert 0 <= low <= answers["false_alarms"]["value"] < high and answers["false_alarms"]["groups"] == 24
 
 
+def test_files_that_could_not_be_judged_are_told(runs: Runs) -> None:
+    """Bug prevented: a headline over the files that could be read, without a word on the others; a run in which no
+    file could be read counts as a success."""
+    assert runs(StandIn()) == 0
+    assert "1 of 40 files could not be judged: not_an_image 1" in runs.said()
+    for row in runs.manifest():
+        (runs.folder / row["path"]).write_bytes(b"not a picture")
+    assert runs(StandIn(), out="none") == 2
+    assert "40 of 40 files could not be judged: not_an_image 40" in runs.said()
+
+
 def test_samples_can_be_recounted_from_the_table(runs: Runs) -> None:
     """A sceptic recomputes the numbers from the rows; the rows must be all there and not tell where they were made."""
     runs(StandIn())

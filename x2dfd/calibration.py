@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -108,6 +108,10 @@ class Calibration:
     def counts(self, name: str) -> bool:
         """Whether an expert's score, or the MLLM's, has a weight in the verdict."""
         return self.weights.get(name, 0.0) > 0
+
+    def missing(self, experts: Collection[str]) -> list[str]:
+        """The experts with a weight in the verdict that are not among the given ones."""
+        return [name for name in self.weights if self.counts(name) and name not in {MLLM, *experts}]
 
     def by_kind(self, logits: Logits) -> dict[str, float]:
         """P(fake of this kind) for each fitted kind."""

@@ -1,4 +1,4 @@
-"""The aligned face crops of a manifest for trainings and assessments, computed once and saved beside it."""
+"""The aligned face crops of a manifest for trainings and assessments, computed once and saved."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from x2dfd.errors import InputError, X2DFDError
 from x2dfd.faces import CROP_SIZE, align, find_faces, preprocessing
+from x2dfd.fetch import cache_dir
 from x2dfd.files import atomic_write, locked_folder, read_json, write_text
 from x2dfd.manifest import Sample, manifest_sha256, read_manifest
 from x2dfd.media import load_picture
@@ -51,6 +52,14 @@ class CropSet:
     def where(self, **equal: str) -> NDArray[np.intp]:
         """Indices of the samples whose fields have the given values."""
         return np.flatnonzero([all(getattr(s, k) == v for k, v in equal.items()) for s in self.samples])
+
+    def lost(self, wanted: Sequence[str] | None = None) -> str | None:
+        """A sentence on the samples without a usable face, among those of the `wanted` ids; None where all have one."""
+        wanted = [*(s.id for s in self.samples), *self.unusable] if wanted is None else wanted
+        if not (lost := [name for name in wanted if name in self.unusable]):
+            return None
+        example = f"{lost[0]}, {self.unusable[lost[0]]}" + (", and others" if len(lost) > 1 else "")
+        return f"{len(lost)} of {len(wanted)} pictures not used: no usable face ({example})"
 
 
 Cropped = tuple[Face, NDArray[np.uint8] | None]
@@ -96,13 +105,18 @@ def mask_on_crop(
 def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropSet:
     """Read the crops beside `manifest`, and compute them first if they are absent or belong to other files.
 
-    `side` is that of the crops that the MLLM sees. Raises X2DFDError when no file of the manifest has a usable face.
+    Where its folder cannot be written, they are in the cache of x2dfd. `side` is that of the crops that the MLLM sees.
+    Raises X2DFDError when no file of the manifest has a usable face.
     """
     samples = read_manifest(manifest)
     folder = manifest.parent / f".crops-{manifest.stem}{'' if side == CROP_SIZE else f'-{side}'}"
     key = {"manifest": manifest_sha256(manifest), "files": _file_states(samples), "preprocessing": preprocessing(side)}
     key["masks"] = str(MASK_SIZE)
     data = _saved(samples, folder, key, side)
+    if data is None and not os.access(folder if folder.exists() else manifest.parent, os.W_OK):
+        place = hashlib.sha256(os.path.abspath(manifest).encode()).hexdigest()[:16]
+        folder = cache_dir() / "crops" / f"{place}{folder.name}"
+        data = _saved(samples, folder, key, side)
     if data is None:
         with locked_folder(folder, wait=True):
             data = _saved(samples, folder, key, side)  # another process may have made them in the meantime
@@ -113,6 +127,20 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     if not data.samples:
         raise X2DFDError(f"{manifest}: no file has a usable face", code="no_usable_face")
     return data
+
+
+def load_sets(manifests: Sequence[Path], workers: int = 1, side: int = CROP_SIZE) -> list[CropSet]:
+    """The crops of each manifest. Raises X2DFDError for a picture in two of them, as it would count twice."""
+    manifest_of: dict[Path, Path] = {}
+    for manifest in manifests:
+        for sample in read_manifest(manifest):
+            if sample.path in manifest_of:
+                raise X2DFDError(
+                    f"{sample.path} is in {manifest_of[sample.path]} and again in {manifest}: it would count twice",
+                    code="manifest_path_twice",
+                )
+            manifest_of[sample.path] = manifest
+    return [load_crops(path, workers, side) for path in manifests]
 
 
 def _saved(samples: Sequence[Sample], folder: Path, key: dict[str, str], side: int) -> CropSet | None:

@@ -393,8 +393,6 @@ class Detector:
         timings: dict[str, float],
     ) -> Report:
         verdict, decider = self._overall(media, faces)
-        few = self._applied.few_pictures if self._applied else None
-        remark = UNCALIBRATED if self.mode == "paper" else f"the calibration was {few}" if few else None
         return Report(
             path=media.path,
             sha256=media.sha256,
@@ -408,9 +406,20 @@ class Detector:
             model=self._info_json,
             versions=versions(),
             timings={k: round(v, 4) for k, v in timings.items()},
-            warnings=(*warnings, *([remark] if remark and verdict.p_fake is not None else [])),
+            warnings=(*warnings, *(self._remarks() if verdict.p_fake is not None else ())),
             likelihood_ratio=self._likelihood_ratio(media, verdict),
         )
+
+    def _remarks(self) -> Iterator[str]:
+        """What a reader must know of every probability that this model gives."""
+        if (applied := self._applied) is None:
+            yield UNCALIBRATED
+            return
+        if few := applied.few_pictures:
+            yield f"the calibration was {few}"
+        if missing := applied.missing([e.card.name for e in self.experts]):
+            names = ", ".join(missing)
+            yield f"the calibration was fitted with {names} too, left out here: its error rates do not hold"
 
     def _likelihood_ratio(self, media: Picture | Video, verdict: Verdict) -> Json:
         """The likelihood ratio of the picture's p_fake in the validation run; `value` is None where there is none."""

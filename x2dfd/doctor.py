@@ -218,7 +218,7 @@ def _ranges() -> Iterator[Check]:
         try:
             read_ranges(additions)
         except SetupError as error:
-            yield Check(f"int8 {name}", False, str(error), REINSTALL)
+            yield Check(f"int8 {name}", False, str(error).removesuffix("; reinstall x2dfd"), REINSTALL)
         else:
             yield Check(f"int8 {name}", True, f"{ranges_file(additions).name}: present, and measured on this model")
 

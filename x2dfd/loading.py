@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -50,6 +51,9 @@ from x2dfd.tower_first import tower_decides, tower_first
 from x2dfd.types import ModelInfo
 from x2dfd.validation import Validation
 
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads: OpenMP would wait for its own
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
 
 def load(
     model: str | Path | ModelSpec = "embedded",
@@ -67,13 +71,13 @@ def load(
     """A detector that is ready to use.
 
     `model` is described in `x2dfd.model_spec`. `mode` is calibrated, the default with an adapter, or paper, the
-    language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with;
-    mode="paper" takes any, and `other_experts` allows other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype`
-    (fp32, bf16, fp16) hold for a local language model (see `checkpoints.choose_device`). Experts stay on the CPU. With
-    the embedded model on a CPU, whose MLLM only writes, they take its tower's precision: by default bf16 where that is
-    quick, else fp32, and int8 on request. With other models they choose it themselves. `device_map` is as in
-    transformers ("auto"), `bits` 4 or 8 (bitsandbytes), and `ignore_calibration` with mode="paper" is for fitting
-    another one. Raises SetupError with the remedy.
+    language model's own P(fake). `experts` are some of those that the adapter was trained or calibrated with; a report
+    warns where one is left out that the calibration gives a weight. mode="paper" takes any, and `other_experts` allows
+    other weights. `device` (cpu, cuda, cuda:1 ...) and `dtype` (fp32, bf16, fp16) hold for a local language model (see
+    `checkpoints.choose_device`). Experts stay on the CPU. With the embedded model on a CPU, whose MLLM only writes,
+    they take its tower's precision: by default bf16 where that is quick, else fp32, and int8 on request. With other
+    models they choose it themselves. `device_map` is as in transformers ("auto"), `bits` 4 or 8 (bitsandbytes), and
+    `ignore_calibration` with mode="paper" is for fitting another one. Raises SetupError with the remedy.
     """
     spec = ModelSpec.parse(model)
     if threads is not None:
@@ -277,5 +281,12 @@ def _experts(
         raise SetupError(
             f"the calibration was fitted without {', '.join(unknown)}: take mode='paper', or fit it: x2dfd calibrate",
             code="expert_not_calibrated",
+        )
+    missing = calibration.missing(names) if calibration and mode == "calibrated" else []
+    if calibration and missing and not any(map(calibration.counts, names)):
+        raise SetupError(
+            f"the calibration takes the scores of {', '.join(missing)}, and none of them is asked: name some of them "
+            "in `experts`, or take mode='paper'",
+            code="expert_missing",
         )
     return dict(zip(names, loaded, strict=True))

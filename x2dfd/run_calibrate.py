@@ -28,7 +28,7 @@ from x2dfd.calibration import (
     probabilities,
     sigmoid,
 )
-from x2dfd.crops import CropSet, load_crops
+from x2dfd.crops import CropSet, load_sets
 from x2dfd.detector import Detector, evidence_of, through_codec
 from x2dfd.errors import SetupError, X2DFDError
 from x2dfd.experts import BUILTIN, Expert, load_expert
@@ -86,7 +86,7 @@ def calibrate(
     options: LoadOptions = {**(loading or {}), "mode": "paper", "experts": names, "other_experts": other_experts}
     detector = load(spec, **options, ignore_calibration=True)  # one of other experts would prevent loading
     held_out_sets = held_out_in(held_out, names) if held_out else []
-    sets = [load_crops(path, side=detector.info.crop_size) for path in data]
+    sets = load_sets(data, side=detector.info.crop_size)
     scorer = partial(_scorer, split=split, held_out_sets=held_out_sets, never=card.held_out)
     chosen = [
         (crops, _some(crops, [i for i, s in enumerate(crops.samples) if scorer(s) == number], limit), held_out_set)
@@ -94,7 +94,7 @@ def calibrate(
         for number, held_out_set in enumerate([None, *held_out_sets])
     ]
     for path, crops in zip(data, sets, strict=True):
-        if lost := _lost(path, crops, scorer):
+        if lost := crops.lost([s.id for s in read_manifest(path) if scorer(s) is not None]):
             on_remark(lost)
     samples = [crops.samples[i] for crops, indices, _ in chosen for i in indices]
     fakes = _checked_labels(samples, split)
@@ -129,15 +129,6 @@ def _some(crops: CropSet, indices: list[int], limit: int | None) -> list[int]:
     drawn = [int(i) for i in np.random.default_rng(0).permutation(indices)]
     by_label = [[i for i in drawn if crops.samples[i].label == label] for label in ("real", "fake")]
     return sorted(i for _, i in sorted((rank, i) for rows in by_label for rank, i in enumerate(rows))[:limit])
-
-
-def _lost(path: Path, crops: CropSet, scorer: Callable[[Sample], int | None]) -> str | None:
-    """A sentence on the pictures of a manifest that would count (see `_scorer`) and have no usable face."""
-    wanted = [s.id for s in read_manifest(path) if scorer(s) is not None]
-    if not (lost := [name for name in wanted if name in crops.unusable]):
-        return None
-    example = f"{lost[0]}, {crops.unusable[lost[0]]}" + (", and others" if len(lost) > 1 else "")
-    return f"{len(lost)} of {len(wanted)} pictures not used: no usable face ({example})"
 
 
 def _remarks(result: Calibration, logits: dict[str, dict[str, Floats]]) -> Iterator[str]:

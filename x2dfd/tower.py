@@ -222,7 +222,7 @@ def read_ranges(additions: Path | None) -> dict[str, InputRange]:
 
     path = ranges_file(additions)
     remedy = "reinstall x2dfd"
-    if additions:
+    if additions and not additions.is_relative_to(Path(__file__).parent):  # of an adapter of the user's own
         remedy = "measure them: python -m external_detectors.train ranges --data MANIFEST --model DIR"
     try:
         with safe_open(path, "pt") as stream:

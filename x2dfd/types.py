@@ -228,8 +228,11 @@ class Report:
 
     @property
     def uncounted(self) -> frozenset[str]:
-        """Experts without a weight of their own in a calibrated verdict."""
-        return frozenset(name for name, weight in (self.model.get("weights") or {}).items() if weight == 0)
+        """Experts that were asked and have no weight of their own in a calibrated verdict."""
+        if (weights := self.model.get("weights")) is None:
+            return frozenset()
+        asked = {e.expert for evidence in (self.evidence, *(f.evidence for f in self.faces)) for e in evidence}
+        return frozenset(name for name in asked if weights.get(name, 0) <= 0)
 
     def __str__(self) -> str:
         """The answer as text for people."""

@@ -134,7 +134,7 @@ class Panel:
         held_out = {f"expert:{e.card.name}": _held_out(e.card.figures) for e in experts}
         expected = expert_hashes(card, calibration)
         other = [e.card.name for e in experts if expected.get(e.card.name, e.card.sha256) != e.card.sha256]
-        weighted = [n for n, w in calibration.weights.items() if w > 0]
+        weighted = [n for n in calibration.weights if calibration.counts(n)]
         available = {e.card.name for e in experts} | ({MLLM} if whole else set())
         fusion: Part = {"of": f"{card.name} {card.version}", "calibration": file_sha256(folder / "calibration.json")}
         if other or not available & set(weighted):

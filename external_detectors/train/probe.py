@@ -24,7 +24,7 @@ from external_detectors.train.drawing import DRAWING_VERSION
 from external_detectors.train.loop import by_method, licence_of, log, next_version, ridge_logistic
 from external_detectors.train.tower import Pictures
 from external_detectors.weights_io import save_weights
-from x2dfd.crops import load_crops
+from x2dfd.crops import load_sets
 from x2dfd.errors import X2DFDError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
@@ -69,7 +69,7 @@ def probe(
 ) -> None:
     """The probes on CLIP as it is: real or fake, and real or changed in part."""
     left_out = names(leave_out)
-    pictures = Pictures([load_crops(path, crop_workers) for path in data], left_out, seed)
+    pictures = Pictures(load_sets(data, crop_workers), left_out, seed)
     samples = [pictures.at(k, i) for k, i in pictures.rows]
     experts = _trainable(samples, out)
     versions = {name: next_version(out, name) for name, *_ in experts}

@@ -47,7 +47,7 @@ from external_detectors.train.loop import (
 )
 from external_detectors.train.self_blend import self_blend
 from external_detectors.weights_io import save_weights
-from x2dfd.crops import CropSet, load_crops
+from x2dfd.crops import CropSet, load_sets
 from x2dfd.degrade import CODEC, codec, video_codec
 from x2dfd.errors import UnknownName, X2DFDError
 from x2dfd.faces import PREPROCESSING
@@ -281,7 +281,7 @@ def tower(
 ) -> None:
     """Train the forensic tower: real or fake, kind of fake, cues and map from one pass."""
     version = next_version(out, "tower")
-    sets = [load_crops(path, crop_workers) for path in data]
+    sets = load_sets(data, crop_workers)
     held_out = names(leave_out)
     pictures = Pictures(sets, held_out, seed)
     truth = np.stack([cue_truth(pictures.at(k, i)) for k, i in pictures.rows])
