@@ -17,8 +17,10 @@ from x2dfd.answer import (
     NOT_PROOF,
     WORDS,
     band,
+    bound,
     counted,
     decoding,
+    estimate,
     in_words,
     meaning,
     number,
@@ -156,7 +158,14 @@ def _blind_spot(expert: str) -> str:
 def _template() -> jinja2.Template:
     own, shared = jinja2.FileSystemLoader(Path(__file__).parent), jinja2.PackageLoader("x2dfd")
     environment = pages(jinja2.ChoiceLoader([own, shared]))
-    environment.filters |= {"percent": percent, "band": band, "kind": status, "blind_spot": _blind_spot}
+    environment.filters |= {
+        "percent": percent,
+        "estimate": estimate,
+        "bound": bound,
+        "band": band,
+        "kind": status,
+        "blind_spot": _blind_spot,
+    }
     environment.globals |= {
         "WORDS": WORDS,
         "KINDS": KINDS_SAID,

@@ -29,7 +29,7 @@ def open_source(source: str | Path | bytes) -> Iterator[tuple[BinaryIO, str | No
     path = str(source)
     exists = os.path.lexists(path) if "\0" not in path else False
     if "://" in path or (_SCHEME.match(path) and not exists):
-        raise InputError("url_not_allowed", "only local files are read; fetch the address first")
+        raise InputError("url_not_allowed", "only local files are read: save the picture to this machine first")
     try:
         info = os.stat(path)
         # checked before opening: opening a pipe would wait for its other end
