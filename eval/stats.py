@@ -123,8 +123,9 @@ def rate_like(known: Measured, hits: int) -> Measured:
 
 
 def rate_share(first: Measured, second: Measured) -> Measured:
-    """A rate over the sum of two rates of different groups. The interval combines those of the two rates on the scale
-    of log-odds (Zou & Donner 2008); there is none where a rate is 0."""
+    """A rate over the sum of two rates. The interval combines those of the two rates on the scale of log-odds (Zou &
+    Donner 2008), as if no group had a part in both; where some have, it is approximate. There is none where a rate is
+    0."""
     n, groups = first.n + second.n, first.groups + second.groups
     if first.value is None or second.value is None or not first.value + second.value:
         return Measured(None, None, n, groups)

@@ -179,18 +179,20 @@ def test_who_decides_is_named() -> None:
     ("verdict", "scores", "said"),
     [
         (FAKE, (0.9, 0.2, 0.8), "The tower and contrast experts take this face for one that was changed in its photo"),
-        (FAKE, (0.9, 0.9, 0.2), "The contrast expert leans the other way, with 20 %."),
+        (FAKE, (0.9, 0.9, 0.2), "The contrast expert itself says 20 %."),
         (
             Verdict("fake", 0.9, None, "whole"),
             (0.9, 0.8, 0.1),
             "The tower and probe experts take this face for ",
         ),
-        (REAL, (0.1, 0.2, 0.7), "The contrast expert leans the other way, with 70 %."),
+        (REAL, (0.1, 0.2, 0.7), "The contrast expert itself says 70 %."),
         (REAL, (0.1, 0.2, 0.3), "The tower, probe and contrast experts found no sign"),
-        (FAKE, (0.4, 0.9, 0.4), "The tower and contrast experts take this face"),  # together, none of them alone
+        (FAKE, (0.4, 0.9, 0.4), "Together, the tower and contrast experts take this face"),
+        (FAKE, (0.9, 0.9, None), "The tower expert takes this face"),
+        (REAL, (0.1, None, None), "The tower expert found no sign"),
     ],
 )
-def test_only_experts_that_said_so_are_named(verdict: Verdict, scores: tuple[float, ...], said: str) -> None:
+def test_only_experts_that_said_so_are_named(verdict: Verdict, scores: tuple[float | None, ...], said: str) -> None:
     """Bug prevented: an answer put into the mouth of an expert that said the opposite, or does not look for such."""
     names = ("tower", "probe", "contrast")
     model = {
@@ -199,7 +201,17 @@ def test_only_experts_that_said_so_are_named(verdict: Verdict, scores: tuple[flo
     }  # fmt: skip
     evidence = tuple(map(Evidence, names, scores))
     text = meaning(report(model=model, verdict=verdict, faces=(face(verdict=verdict),), evidence=evidence))
-    assert said in text and ("the other way" in text) == ("the other way" in said)
+    assert said in text and ("itself" in text) == ("itself" in said)
+
+
+def test_the_language_model_is_named_by_its_own_number() -> None:
+    model = {"mode": "calibrated", "weights": {"mllm": 0.3, "tower": 0.5}}
+    told = []
+    for p_fake in (0.9, 0.1):
+        one = face(verdict=FAKE, p_fake_mllm=p_fake)
+        told.append(meaning(report(model=model, verdict=FAKE, faces=(one,), evidence=(Evidence("tower", 0.95),))))
+    assert told[0].startswith("The tower expert and the language model take this face")
+    assert "The language model itself says 10 %" in told[1]
 
 
 def test_an_answer_never_seems_to_lie_in_the_range_without_one() -> None:
@@ -207,6 +219,8 @@ def test_an_answer_never_seems_to_lie_in_the_range_without_one() -> None:
     model = {"band": [0.1652, 0.7815]}
     near = [Verdict("fake", 0.782), Verdict("real", 0.1651), Verdict("inconclusive", 0.781), Verdict("fake", 0.85)]
     assert [estimate(verdict, model) for verdict in near] == ["78.2 %", "16.5 %", "78.1 %", "85 %"]
+    certain = [Verdict("fake", 0.9999), Verdict("real", 0.0001)]
+    assert [estimate(v, {"band": [0.004, 0.997]}) for v in certain] == ["> 99 %", "< 1 %"]
     assert [bound(p) for p in (0.1652, 0.8)] == ["16.5 %", "80 %"]
     assert [estimate(Verdict("real", p), {}) for p in (0.003, 0.1651)] == ["< 1 %", "17 %"]
 

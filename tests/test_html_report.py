@@ -25,7 +25,7 @@ from x2dfd.explain import read_cues
 from x2dfd.files import write_bytes
 from x2dfd.paths import shown_names
 from x2dfd.statements import LEAD
-from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict
+from x2dfd.types import Card, Cue, Evidence, FaceReport, Failure, Report, Verdict, renamed
 
 ASTRONAUT = data.astronaut()
 HOSTILE = "<img src=x onerror=alert(1)>\"'><script>alert(2)</script>&{{ 7*7 }}"
@@ -194,7 +194,7 @@ def test_scale_places_estimate_and_band() -> None:
     assert 'class="band" style="left:35.0%;width:37.0%"' in html
     assert 'class="tick" style="left:55.0%"' in html
     said = Page(html).all("div", role="img")[0]["aria-label"]
-    assert said == "chance of a fake: 93 % on a scale from 0 to 100; no answer is given between 35 and 72"
+    assert said == "chance of a fake: 93 % on a scale from 0 to 100; no answer is given between 35 % and 72 %"
     for p, shown in {0.9999: "> 99 %", 0.0001: "< 1 %", 0.934: "93 %"}.items():  # what no model can know
         verdict = Verdict("fake" if p > 0.5 else "real", p)
         assert f"Estimated probability of forgery: {shown}" in page(report(verdict=verdict)).text
@@ -557,3 +557,14 @@ def test_odd_characters_are_spelled_out(tmp_path: Path) -> None:
     write_bytes(out, html_report.render([report(path=path)], [None]).encode("utf-8"))
     html = out.read_text("utf-8")
     assert "photo\\u202egpj.exe \\x1b[31m caf\\udce9.jpg" in html and "\u202e" not in html and "\x1b" not in html
+
+
+def test_a_files_name_in_a_reason_is_no_other_word() -> None:
+    """Bug prevented: "the 8-bit file - broken" with the folder in it, of a picture that came through standard input."""
+    reason = "a and /x/a/b.png: the 8-bit file - broken"
+    failures = [Failure(path, None, "unreadable", reason) for path in ("-", "/x/a/b.png")]
+    names = shown_names([one.path for one in failures])
+    assert names == ["-", "b.png"]
+    assert [one.reason for one in renamed(failures, names) if isinstance(one, Failure)] == [
+        reason, "a and b.png: the 8-bit file - broken",
+    ]  # fmt: skip

@@ -92,7 +92,7 @@ def test_a_busy_server_is_asked_again(url: str, tmp_path: Path, monkeypatch: pyt
             monkeypatch.setattr(serve, "AT_ONCE", 8)
 
     monkeypatch.setattr("x2dfd.remote.time.sleep", sleep)
-    (tmp_path / "photo.jpg").write_bytes(b"x" * 2001)
+    (tmp_path / "photo.jpg").write_bytes(b"x" * 20_000_001)  # still being sent when the server would have answered
     remote = ServerDetector(url)
     monkeypatch.setattr(serve, "AT_ONCE", 0)
     [said] = remote.detect_many([tmp_path / "photo.jpg"])

@@ -129,8 +129,9 @@ def estimate(verdict: Verdict, model: Json) -> str:
     """P(fake) of a verdict for people; with a digit more near an end of the model's range without an answer, so that it
     does not seem to lie on the other side of it."""
     p = verdict.p_fake
-    near = p is not None and percent(p) in map(percent, model.get("band") or ())
-    return bound(p) if near and p is not None else percent(p)
+    if p is None or not 0.005 <= p <= 0.995 or percent(p) not in map(percent, model.get("band") or ()):
+        return percent(p)
+    return bound(p)
 
 
 def bound(p: float) -> str:
@@ -214,14 +215,17 @@ def meaning(report: Report, face: FaceReport | None = None) -> str:
     """What the answer about a face, or else about the file, says, in plain sentences; who says so, and who does not."""
     if (why := reason(report, face)) is not None:
         return why
-    verdict = face.verdict if face else report.verdict
+    verdict, one = (face.verdict, face) if face else (report.verdict, report.decider)
     fake, alone = verdict.label == "fake", face is not None or len(report.faces) == 1
-    names = _deciders(report.model, verdict.kind if fake else None)
     scores = {e.expert: e.score for e in (face.evidence if face else report.evidence) if e.score is not None}
+    if one is not None and one.p_fake_mllm is not None:
+        scores[MLLM] = one.p_fake_mllm
+    deciders = _deciders(report.model, verdict.kind if fake else None)
+    names = [name for name in deciders if name in scores] or deciders
     against = [name for name in names if name in scores and (scores[name] < 0.5) == fake]
-    agree = [name for name in names if name not in against] or names
-    who, several = _together(agree), len(agree) > 1 or not agree
-    who = f"{who[0].upper()}{who[1:]}"
+    agree = [name for name in names if name not in against]
+    who = _together(agree or names)
+    who = f"{who[0].upper()}{who[1:]}" if agree or len(names) < 2 else f"Together, {who}"
     if fake:
         subject = "this face" if alone else "the most suspicious face"
         medium = "frame" if report.media.get("kind") == "video" else "photo"
@@ -229,14 +233,15 @@ def meaning(report: Report, face: FaceReport | None = None) -> str:
             "whole": "one that a generator made as a whole",
             "part": f"one that was changed in its {medium}: swapped, moved or edited",
         }.get(verdict.kind or "", "a forgery")
-        said = f"{who} take{'s' * (not several)} {subject} for {takes}."
+        said = f"{who} take{'s' * (len(agree or names) == 1)} {subject} for {takes}."
     else:
         found = "no sign" if alone else "no clear sign"
         said = f"{who} found {found} of a known kind of forgery."
-    if against and agree != names:
+    if against and agree:
         share = listed([percent(scores[name]) for name in against])
         other = _together(against)
-        said += f" {other[0].upper()}{other[1:]} lean{'s' * (len(against) == 1)} the other way, with {share}."
+        itself = "itself says" if len(against) == 1 else "themselves say"
+        said += f" {other[0].upper()}{other[1:]} {itself} {share}."
     if fake:
         return said
     unknown = "This does not show that the picture is authentic: a forgery of an unknown kind can look like this."

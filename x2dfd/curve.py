@@ -37,7 +37,7 @@ def curve(report: Report, frames: Sequence[int], marked: Collection[int | None] 
         step = {
             "face": face.index, "kind": answer.status(face.verdict), "marked": frame in marked,
             "left": 100 * k / count, "width": 100 / count, "x": 100 * (k + 0.5) / count,
-            "y": 100 - 100 * face.verdict.p_fake, "when": seconds, "p": answer.percent(face.verdict.p_fake),
+            "y": 100 - 100 * face.verdict.p_fake, "when": seconds, "p": answer.estimate(face.verdict, report.model),
         }  # fmt: skip
         steps.append(step)
         runs[-1].append(step)
@@ -46,7 +46,8 @@ def curve(report: Report, frames: Sequence[int], marked: Collection[int | None] 
     low, high = max(steps, key=lambda step: step["y"]), min(steps, key=lambda step: step["y"])
     band = answer.band(report.model)
     fake = sum(step["kind"] == "fake" for step in steps)
-    spoken = f"chance of a fake over the clip, {len(steps)} frames with a face from {steps[0]['when']} to "
+    several = "s" * (len(steps) > 1)
+    spoken = f"chance of a fake over the clip, {len(steps)} frame{several} with a face from {steps[0]['when']} to "
     spoken += f"{steps[-1]['when']}: highest {high['p']} at {high['when']}, lowest {low['p']} at {low['when']}; "
     spoken += f"{fake or 'no'} frame{' looks' if fake == 1 else 's look'} fake"
     return {

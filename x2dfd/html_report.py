@@ -217,7 +217,7 @@ def _section(report: Report, picture: Pictures, blind_spots: Mapping[str, str]) 
         "meaning": answer.meaning(report),
         "remarks": answer.remarks(report),
         "calibrated": calibrated,
-        "scale": _scale(verdict.p_fake, answer.band(model), model.get("threshold")),
+        "scale": _scale(verdict, model),
         "figures": list(figures(report, picture)),
         "thumbnail": thumbnail(report, picture),
         "curve": curve(report, report.media.get("frames") or sorted(frames), frames),
@@ -300,12 +300,13 @@ def _extent(report: Report, frames: Sequence[int]) -> str:
     return f"explained in {len(frames)} of {n} frame{'' if n == 1 else 's'}"
 
 
-def _scale(p: float | None, band: Sequence[float] | None, threshold: float | None) -> Json | None:
+def _scale(verdict: Verdict, model: Json) -> Json | None:
+    p, band, threshold = verdict.p_fake, answer.band(model), model.get("threshold")
     if p is None:
         return None
-    description = f"chance of a fake: {percent(p)} on a scale from 0 to 100"
+    description = f"chance of a fake: {answer.estimate(verdict, model)} on a scale from 0 to 100"
     if band:
-        description += f"; no answer is given between {100 * band[0]:.0f} and {100 * band[1]:.0f}"
+        description += f"; no answer is given between {answer.bound(band[0])} and {answer.bound(band[1])}"
     return {
         "p": 100 * p,
         "low": 100 * band[0] if band else None,

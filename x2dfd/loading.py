@@ -48,7 +48,7 @@ from x2dfd.mllm import LanguageModel, LocalMLLM
 from x2dfd.model_spec import MAX_THREADS, Bits, Dtype, Mode, ModelSpec
 from x2dfd.tower import CLOSER, quick_in_16_bits, ranges_file
 from x2dfd.tower_first import tower_decides, tower_first
-from x2dfd.types import ModelInfo
+from x2dfd.types import MLLM, ModelInfo
 from x2dfd.validation import Validation
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads: OpenMP would wait for its own
@@ -283,7 +283,7 @@ def _experts(
             code="expert_not_calibrated",
         )
     missing = calibration.missing(names) if calibration and mode == "calibrated" else []
-    if calibration and missing and not any(map(calibration.counts, names)):
+    if calibration and missing and not any(map(calibration.counts, [MLLM, *names])):
         raise SetupError(
             f"the calibration takes the scores of {', '.join(missing)}, and none of them is asked: name some of them "
             "in `experts`, or take mode='paper'",

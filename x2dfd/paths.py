@@ -55,7 +55,7 @@ def shown_names(paths: Sequence[str | None]) -> list[str | None]:
     A report is passed on, and the folders above may name a person or a source. Files that share no folder get as much
     of their paths as tells them apart.
     """
-    found = {path: Path(path) for path in paths if path is not None}
+    found = {path: Path(path) for path in paths if path not in (None, "-")}
     if len({path.is_absolute() for path in found.values()}) > 1:
         found = {name: Path.cwd() / path for name, path in found.items()}
     folders = [path.parent.parts for path in found.values()]
@@ -67,7 +67,7 @@ def shown_names(paths: Sequence[str | None]) -> list[str | None]:
             kept = {name: path.parts[1:][-n:] for name, path in found.items()}
             if len(set(kept.values())) == len({path.parts for path in found.values()}):
                 break
-    return [None if path is None else "/".join(kept[path]) or path for path in paths]
+    return [path if path not in kept else "/".join(kept[path]) or path for path in paths]
 
 
 def find_media(

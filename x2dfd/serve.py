@@ -8,7 +8,7 @@ Importing this module raises SetupError where FastAPI is missing.
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,7 @@ def application(detector: "Detector", hosts: Collection[str] | None = LOOPBACK) 
         """Judge the posted picture or video. 422: it cannot be judged, with the reason in `error`."""
         nonlocal uploads
         if uploads >= AT_ONCE:
+            await _read_past(request)
             return _error(503, "busy", "too many files at once: ask again later")
         uploads += 1
         try:
@@ -141,6 +142,17 @@ async def _uploaded_file(request: Request) -> bytes:
         return await files[0].read()
     finally:
         await form.close()
+
+
+async def _read_past(request: Request) -> None:
+    """Reads an upload and keeps nothing: a client that is still sending when the connection closes sees no answer."""
+    size = 0
+    with suppress(TimeoutError, ClientDisconnect):
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > MAX_UPLOAD:
+                    return
 
 
 def _error(status: int, code: str, reason: str) -> JSONResponse:

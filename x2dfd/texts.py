@@ -174,8 +174,9 @@ def called_fake(verdict: Verdict, evidence: Sequence[Evidence]) -> str:
         return f"{_opening(verdict)}. {_sentence([cues[0], *further][:MAX_CUES])}"
     if verdict.kind == "whole":
         return f"{_opening(verdict)}. Such traces lie all over a face and are seldom seen by eye, so no area is named."
-    if map_points(evidence):
-        return f"{_opening(verdict)}. No sign is clear enough to be named; the report's map shows where to look."
+    if (expert := next((e.expert for e in evidence if map_points([e])), None)) is not None:
+        place = f"the map of the {expert} expert marks a place"
+        return f"{_opening(verdict)}. No sign is clear enough to be named; {place}."
     return f"{_opening(verdict)}, although no single area stands out."
 
 
@@ -192,7 +193,8 @@ def origin(face: FaceReport, report: Report) -> str:
     if report.model.get("mode") == "paper":
         return f"Written by the language model after the answer was scored. It may be wrong in detail.{leaning(face)}"
     counted = [e for e in face.evidence if e.expert not in report.uncounted]
-    if verdict.label != "fake" or face.rationale == called_fake(verdict, counted):
+    # Without a sign it is no sentence of the language model's: `readable` keeps none of these.
+    if verdict.label != "fake" or not read_cues(face.rationale) or face.rationale == called_fake(verdict, counted):
         said = "what the experts found" if verdict.label == "fake" else "what was looked at"
         return f"A fixed text: it says {said}.{leaning(face)}"
     return (

@@ -6,6 +6,7 @@ This file imports neither torch nor numpy, so that `import x2dfd` stays instant.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -275,7 +276,8 @@ def renamed(results: Sequence[Report | Failure], names: Sequence[str | None]) ->
     made: list[Report | Failure] = []
     for result, name in zip(results, names, strict=True):
         if isinstance(result, Failure) and result.path and name:
-            result = replace(result, reason=result.reason.replace(result.path, name))
+            whole = rf"(?<![\w/.-]){re.escape(result.path)}(?![\w/-])"  # "a" is a name and a word, "-" a sign
+            result = replace(result, reason=re.sub(whole, name.replace("\\", r"\\"), result.reason))
         made.append(replace(result, path=name))
     return made
 

@@ -136,8 +136,7 @@ def licence_of(samples: Iterable[Sample]) -> str:
     for sample in samples:
         text = str(sample.extra.get("licence") or "").strip()
         text = "" if text.lower() == "not stated" else text  # as `data_gen adopt` writes it
-        # One column may list several licences, and other columns some of them again.
-        (licences if text else unlicensed).update(text.split("; ") if text else [sample.source or "(no source)"])
+        (licences if text else unlicensed).add(text or sample.source or "(no source)")
     sentences = ["trained on pictures under: " + "; ".join(sorted(licences))] if licences else []
     if unlicensed:
         sentences.append(f"no licence is stated for the pictures of {', '.join(sorted(unlicensed))}")
