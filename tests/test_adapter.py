@@ -253,20 +253,20 @@ def test_an_expert_that_joined_at_calibration_judges_but_is_not_in_the_question(
     fitted = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
     [(kind, one)] = before.kinds.items()
     joined = replace(one, weights=one.weights | {"darkness": 1.0}, means=one.means | {"darkness": 0.0})
-    fitted = {"experts": {tiny.EXPERT: "b" * 64, "darkness": "c" * 64}}
-    replace(before, kinds={kind: joined}, fitted_on=fitted).save(adapter)
-    spec = f"hub:{base}+{adapter}"
-    assert x2dfd.load(spec).detect(face_photo, rationale=False).warnings == ()
-    [warning] = x2dfd.load(spec, experts=["darkness"]).detect(face_photo, rationale=False).warnings
-    assert tiny.EXPERT in warning and "darkness" not in warning
-    assert (
-        joined.weights["mllm"] and len(x2dfd.load(spec, experts=[]).detect(face_photo, rationale=False).warnings) == 1
-    )
-    assert x2dfd.load(spec, mode="paper", experts=[]).experts == []
-    alone = replace(joined, weights={k: v for k, v in joined.weights.items() if k != "mllm"})
-    replace(before, kinds={kind: alone}, fitted_on=fitted).save(adapter)
-    with raises("expert_missing", tiny.EXPERT, "darkness"):
-        x2dfd.load(spec, experts=[])
+    extended = replace(before, kinds={kind: joined}, fitted_on=fitted)
+    extended.save(adapter)
+    detector = x2dfd.load(f"hub:{base}+{adapter}")
+    assert [e.card.name for e in detector.experts] == [tiny.EXPERT, "darkness"]
+    [face] = find_faces(np.array(skimage.data.astronaut()))
+    _, [said] = detector.judge_faces([face])
+    assert [e.expert for e in said] == [tiny.EXPERT, "darkness"]
+    [question] = detector._questions([said])
+    assert tiny.EXPERT in question and "darkness" not in question
+    # Newer weights of a trained expert: what the calibration was fitted to counts, not the card.
+    replace(extended, fitted_on={"experts": fitted["experts"] | {tiny.EXPERT: "e" * 64}}).save(adapter)
+    with raises("expert_weights_differ", "--other-experts"):
+        x2dfd.load(f"hub:{base}+{adapter}")
+    assert x2dfd.load(f"hub:{base}+{adapter}", other_experts=True).info.in_prompt == [tiny.EXPERT]
 
 
 def test_an_expert_that_got_no_weight_locks_no_model_and_decides_nothing(
@@ -304,12 +304,14 @@ def test_an_expert_that_the_calibration_weighs_is_not_left_out_without_a_word(
     assert x2dfd.load(spec).detect(face_photo, rationale=False).warnings == ()
     [warning] = x2dfd.load(spec, experts=["darkness"]).detect(face_photo, rationale=False).warnings
     assert tiny.EXPERT in warning and "darkness" not in warning
+    assert (
+        joined.weights["mllm"] and len(x2dfd.load(spec, experts=[]).detect(face_photo, rationale=False).warnings) == 1
+    )
+    assert x2dfd.load(spec, mode="paper", experts=[]).experts == []
+    alone = replace(joined, weights={k: v for k, v in joined.weights.items() if k != "mllm"})
+    replace(before, kinds={kind: alone}, fitted_on=fitted).save(adapter)
     with raises("expert_missing", tiny.EXPERT, "darkness"):
         x2dfd.load(spec, experts=[])
-    assert x2dfd.load(spec, mode="paper", experts=[]).experts == []
-    with_mllm = replace(joined, weights=joined.weights | {"mllm": 0.5}, means=joined.means | {"mllm": 0.0})
-    replace(before, kinds={kind: with_mllm}, fitted_on=fitted).save(adapter)
-    assert len(x2dfd.load(spec, experts=[]).detect(face_photo, rationale=False).warnings) == 1  # the MLLM still counts
 
 
 class Darkness(tiny.Brightness):
