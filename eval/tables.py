@@ -335,7 +335,7 @@ def _title(name: str, result: Result) -> str:
 
 
 def _command(result: Result) -> str:
-    """The command that made a result of `eval/run_bench.py`, with the options that were given."""
+    """The command that made a result of `eval/run_bench.py`, with those options that the result records."""
     data, settings, model = result["data"], result["settings"], result["model"]["name"]
     given: dict[str, object] = {"--model": model if model != "embedded" else None}
     given |= {"--split": data["split"], "--limit": data.get("limit"), "--seed": settings.get("seed")}
