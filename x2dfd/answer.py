@@ -254,7 +254,10 @@ def _missed(report: Report) -> list[str]:
     if ratio is None:
         return []
     share = percent(ratio / (1 + ratio))
-    return [f"In the validation run, {share} of the pictures with such a score were forged, if half of all had been."]
+    return [
+        f"In the validation run, {share} of the pictures with such a score were forged, where forged and real pictures "
+        "count the same."
+    ]
 
 
 def decoding(report: Report) -> str:

@@ -2,9 +2,9 @@
 
 In the calibrated mode no text names a sign of forgery on a photo that is not called fake, none names a single area of
 a face that is called generated as a whole or a sign of the whole image where a part is called changed, and none goes
-against the verdict or its kind. Sentences that name no sign,
-or name the experts (`x2dfd.prompts.expert_sentence`), are left out, too. Sentences written from the report replace
-them, and add further signs that an expert is sure of, up to three in all.
+against the verdict or its kind. Sentences that name no sign, or name the experts (`x2dfd.prompts.expert_sentence`),
+are left out, too. Sentences written from the report replace them, and add further signs that an expert is sure of, up
+to three in all.
 """
 
 from __future__ import annotations
