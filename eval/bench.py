@@ -88,6 +88,7 @@ def _result(request: Run, task: Task, outcome: Outcome) -> Result:
             "seed": options.seed,
             "interval": "95 %, by groups (eval.stats)",
             "scores_of": outcome.scores_of,
+            "options": _chosen(options),
         },
         "code": code_state(),
         "versions": outcome.origin["versions"] | {"python": platform.python_version()} | packages,
@@ -95,6 +96,14 @@ def _result(request: Run, task: Task, outcome: Outcome) -> Result:
         "failures": dict(sorted(Counter(row.reason for row in outcome.rows if row.error).items())),
         **outcome.measured,
     }
+
+
+def _chosen(options: Options) -> Json:
+    """The options, as a user gives them, that decide which scores there are and that nothing else in a result names."""
+    loading, experts = options.choice.loading, options.experts
+    given: dict[str, object] = {"tools": options.choice.tools, "experts": experts}
+    given |= {name: loading.get(name) for name in ("mode", "dtype", "bits")}
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def as_json(value: Any) -> Any:

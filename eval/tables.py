@@ -338,6 +338,7 @@ def _command(result: Result) -> str:
     """The command that made a result of `eval/run_bench.py`, with those options that the result records."""
     data, settings, model = result["data"], result["settings"], result["model"]["name"]
     given: dict[str, object] = {"--model": model if model != "embedded" else None}
+    given |= {f"--{option}": value for option, value in settings.get("options", {}).items()}
     given |= {"--split": data["split"], "--limit": data.get("limit"), "--seed": settings.get("seed")}
     by = ",".join(next(iter(result["scorers"].values())).get("by", ()))
     given["--by"] = by if by != "source,method" else None

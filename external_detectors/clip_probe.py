@@ -18,8 +18,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from external_detectors.crop_expert import CropExpert
+from external_detectors.tower_net import GRID
 from external_detectors.weights_io import load_weights
 from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError
@@ -71,12 +73,38 @@ def clip_features(crops: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Those of the last crops are kept, as both experts ask for the same.
     """
-    key = (LAYERS, dtype, hashlib.sha256(crops.contiguous().numpy().data).digest())
+    key = _key(crops, dtype)
     with _lock:
-        if (known := next((features for other, features in _last if other == key), None)) is not None:
-            return known
+        known = next((features for other, features in _last if other == key), None)
+    return _features(_read(crops, dtype), key) if known is None else known
+
+
+def clip_areas(crops: Tensor, areas: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The mean patch of each area, after each of LAYERS: [n, areas, CLASS_FEATURES].
+
+    `areas`: the share of each cell in each area, [n, areas, GRID, GRID], on the crops. The pass also serves
+    `clip_features`.
+    """
+    read = _read(crops, dtype)
+    _features(read, _key(crops, dtype))
+    shares = F.avg_pool2d(areas, GRID // _PATCHES).flatten(2)
+    shares = shares / shares.sum(2, keepdim=True).clamp(min=1e-3)
+    means = torch.einsum("nap,nlpw->nalw", shares, read[:, :, 1:])
+    return F.layer_norm(means, (WIDTH,)).flatten(2)
+
+
+def _key(crops: Tensor, dtype: torch.dtype | None) -> object:
+    return LAYERS, dtype, hashlib.sha256(crops.contiguous().numpy().data).digest()
+
+
+def _read(crops: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The outputs of LAYERS: [n, layers, 1 + patches, WIDTH]."""
     states = tower_states(crops, max(LAYERS), dtype=dtype)
-    read = torch.stack([states[layer] for layer in LAYERS], 1)  # [n, layers, 1 + patches, WIDTH]
+    return torch.stack([states[layer] for layer in LAYERS], 1)
+
+
+def _features(read: Tensor, key: object) -> Tensor:
+    """`clip_features` of what was read, which are kept."""
     face, edge, around = (torch.einsum("p,nlpw->nlw", place, read[:, :, 1:]) for place in (_FACE, _FACE_EDGE, _AROUND))
     features = torch.cat([part.flatten(1) for part in (read[:, :, 0], face - around, edge - face)], 1)
     with _lock:

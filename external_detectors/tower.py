@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from external_detectors.clip_cues import load_clip_cues
+from external_detectors.clip_probe import clip_areas
 from external_detectors.crop_expert import CropExpert
 from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, HeadLogits, TowerHeads, area_grid
 from external_detectors.weights_io import load_weights
@@ -62,6 +64,7 @@ class Tower(CropExpert):
                 code="cue_threshold_missing",
             )
         self._threshold = float(threshold)
+        self._clip_cues = load_clip_cues(folder)
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """Reuse the embedded model's pass over these crops where there is one, else run a pass of its own."""
@@ -69,34 +72,37 @@ class Tower(CropExpert):
         if states is None or len(states) <= max(HEAD_LAYERS):
             return super().judge(faces, shared)
         with torch.inference_mode():
-            return self._evidence(states, faces)
+            return self._evidence(states, faces, shared.tower_dtype if shared else None)
 
     def evidence(self, crops: Tensor, faces: Sequence[Face], shared: Shared | None) -> list[Evidence]:
         dtype = shared.tower_dtype if shared else None
-        return self._evidence(tower_states(crops, max(HEAD_LAYERS), self._additions, dtype), faces)
+        return self._evidence(tower_states(crops, max(HEAD_LAYERS), self._additions, dtype), faces, dtype)
 
-    def _evidence(self, states: Sequence[Tensor], faces: Sequence[Face]) -> list[Evidence]:
+    def _evidence(self, states: Sequence[Tensor], faces: Sequence[Face], dtype: torch.dtype | None) -> list[Evidence]:
         points = (cv2.transform(f.crop_landmarks[None], CLOSER_MATRIX)[0].astype(np.float32) for f in faces)
         areas = torch.from_numpy(np.stack([area_grid(p) for p in points]))
         logits: HeadLogits = self._heads(states, areas.float() / 255)
         # The map says where the picture was changed if it was, so it is fainter where a change is unlikely.
         likely = (logits.fake.sigmoid() / POINTS_FROM).clamp(max=1)[:, None, None]
         maps = _on_crop(logits.map.sigmoid() * likely).tolist()
-        efs_shares = logits.kinds[:, 1:].softmax(1)[:, 0].tolist()  # of a fake: P(EFS)
-        cue_chances = logits.cues.sigmoid()
+        scores = logits.fake.sigmoid()
+        efs_shares = logits.kinds[:, 1:].softmax(1)[:, 0]  # of a fake: P(EFS)
+        in_part = (scores >= POINTS_FROM) & (efs_shares <= 0.5)
+        cue_logits, cues_from = self._joined(logits.cues, in_part, faces, dtype)
+        cue_chances = cue_logits.sigmoid()
         cue_chances[[lips_closed(f.crop_landmarks) for f in faces], POOLED.index("teeth")] = 0  # nobody sees them
-        cue_chances = cue_chances.flatten(1)
         no_photos = logits.photo.neg().sigmoid().tolist()
         out = []
-        scores = logits.fake.sigmoid().tolist()
-        for score, share, no_photo, chances, rows in zip(scores, efs_shares, no_photos, cue_chances, maps, strict=True):
+        for score, share, no_photo, chances, least, rows in zip(
+            scores.tolist(), efs_shares.tolist(), no_photos, cue_chances.flatten(1), cues_from, maps, strict=True
+        ):
             best = chances.topk(MAX_CUES)
             pairs = [(divmod(k, len(ARTIFACTS)), p) for p, k in zip(*(t.tolist() for t in best), strict=True)]
             cues = tuple(
                 Cue(POOLED[area], ARTIFACTS[artifact], round(p, 3))
                 for (area, artifact), p in pairs
                 if score >= POINTS_FROM
-                and p >= self._threshold
+                and p >= least
                 # No single area of a face made as a whole is forged: areas named there were wrong (LOG.md).
                 and (share <= 0.5 or POOLED[area] == "whole-image")
             )
@@ -105,6 +111,22 @@ class Tower(CropExpert):
             note = "points at " + ", ".join(f"{c.area} {c.artifact}" for c in cues) if cues else None
             out.append(Evidence(self.card.name, float(score), note, cues, grid, kinds, no_photo))
         return out
+
+    def _joined(
+        self, cues: Tensor, in_part: Tensor, faces: Sequence[Face], dtype: torch.dtype | None
+    ) -> tuple[Tensor, list[float]]:
+        """Logits of the cues, [n, areas, artifacts], of faces `in_part` [n] joined with those on CLIP, and each face's
+        probability from which they are named."""
+        if self._clip_cues is None or not in_part.any():
+            return cues, [self._threshold] * len(faces)
+        head, threshold = self._clip_cues
+        own = []
+        for start in range(0, len(faces), self.at_once):  # the batches of the experts on CLIP, which share the pass
+            batch = faces[start : start + self.at_once]
+            areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in batch])).float() / 255
+            own.append(head(clip_areas(torch.from_numpy(np.stack([f.crop for f in batch])), areas, dtype)))
+        joined = torch.where(in_part[:, None, None], head.join(cues, torch.cat(own)), cues)
+        return joined, [threshold if part else self._threshold for part in in_part.tolist()]
 
 
 def _on_crop(maps: Tensor) -> Tensor:

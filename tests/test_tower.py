@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_gen.build import BuildConfig, build
-from external_detectors import clip_probe, tower_net
+from external_detectors import clip_cues, clip_probe, tower_net
+from external_detectors.clip_cues import ClipCues
 from external_detectors.tower import _on_crop
 from external_detectors.tower_net import GRID, POOLED
-from external_detectors.train import heads, loop, probe, ranges, self_blend
+from external_detectors.train import cues, heads, loop, probe, ranges, self_blend
 from external_detectors.train import tower as training
 from external_detectors.weights_io import save_weights
 from tests.raising import raises
@@ -87,7 +88,7 @@ def small(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(BUILTIN, "tower", "external_detectors.tower:Tower")
     for module in ("x2dfd.tower", "external_detectors.tower"):
         monkeypatch.setattr(f"{module}.require", lambda part: base)
-    trainings = (f"external_detectors.train.{name}" for name in ("tower", "heads", "ranges"))
+    trainings = (f"external_detectors.train.{name}" for name in ("tower", "heads", "cues", "ranges"))
     for module in ("x2dfd.tower", "external_detectors.tower", "data_gen.build", *trainings):
         monkeypatch.setattr(f"{module}.HEAD_LAYERS", LAYERS)
     monkeypatch.setattr(tower_net, "LAYERS", LAYERS)
@@ -883,3 +884,119 @@ def test_only_one_probe_learns_from_faces_made_as_a_whole(
         probe.probe([photos], tmp_path / "features", tmp_path / "out", "new")  # no swap is left, for a contrast
     covers = [read_card(tmp_path / "out" / f"{name}.card.json").covers for name in ("clip-probe", "clip-contrast")]
     assert covers == [("EFS",), ("FS", "FR", "FE")]
+
+
+# --- cues on CLIP as it is -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_clip_pass(small: None, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIP as it is with the layers of the small base, and nothing kept of its last passes."""
+    for module in (clip_probe, cues):
+        monkeypatch.setattr(module, "LAYERS", LAYERS)
+        monkeypatch.setattr(module, "require", lambda part: base)
+    clip_probe._last.clear()
+
+
+def with_clip_cues(weights: Path, folder: Path, cue: tuple[str, str], share: float = 0.5) -> Path:
+    """The tower with a second head that is sure of one cue in every face; its own head is sure of none."""
+    state = load_file(weights / "tower.safetensors")
+    name = "name.3.bias"  # of the cues
+    state[name] = torch.full_like(state[name], -5)
+    save_weights(state, read_card(weights / "tower.card.json"), folder)
+    head: Any = ClipCues()
+    with torch.no_grad():
+        head.name[-1].bias.copy_(torch.tensor([20.0 if a == cue[1] else -20 for a in ARTIFACTS]))
+        head.allowed[POOLED.index(cue[0]), ARTIFACTS.index(cue[1])] = 1
+        head.share.fill_(share)
+    card = replace(read_card(weights / "tower.card.json"), name=clip_cues.NAME, figures={"cue_threshold": 0.3})
+    save_weights(head.state_dict(), card, folder)
+    return folder
+
+
+def test_cues_of_clip_are_named_where_the_tower_sees_a_face_changed_in_part(
+    small_clip_pass: None, weights: Path, face: Face, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a seam named in a photo or in a face made as a whole, or a second pass of CLIP for every face."""
+    folder = with_clip_cues(weights, tmp_path, ("nose", "blur"))
+    passes: list[int] = []
+    states = tower_states
+
+    def counted(crops: Tensor, layers: int, dtype: torch.dtype | None = None) -> Any:
+        passes.append(len(crops))
+        return states(crops, layers, dtype=dtype)
+
+    monkeypatch.setattr(clip_probe, "tower_states", counted)
+    expert: Any = load_expert("tower", folder)
+    for fake, kind, named, passed in ((20.0, "FS", ["nose"], 1), (20.0, "EFS", [], 0), (-20.0, "FS", [], 0)):
+        passes.clear()
+        with torch.no_grad():
+            expert._heads.fake.bias.fill_(fake)
+            expert._heads.cls.bias.copy_(torch.tensor([20.0 if k == kind else -20 for k in tower_net.KINDS]))
+        [evidence] = expert.judge([face])
+        assert [c.area for c in evidence.cues] == named and len(passes) == passed
+    for name in ("fake", "cls"):
+        getattr(expert._heads, name).bias.data.copy_(torch.tensor(20.0 if name == "fake" else [-20, -20, 20, -20, -20]))
+    passes.clear()
+    expert.judge([face])
+    clip_probe.clip_features(torch.from_numpy(face.crop[None]))
+    assert passes == [1]  # the experts on CLIP share the pass
+
+
+def test_cues_of_a_face_do_not_depend_on_its_batch(
+    small_clip_pass: None, weights: Path, face: Face, tmp_path: Path
+) -> None:
+    """Bug prevented: a photo's logits joined with CLIP's because its neighbour was changed in part."""
+    expert: Any = load_expert("tower", with_clip_cues(weights, tmp_path, ("nose", "blur")))
+    logits = torch.full((2, len(POOLED), len(ARTIFACTS)), -1.0)
+    with torch.inference_mode():
+        joined, least = expert._joined(logits, torch.tensor([True, False]), [face, face], None)
+    assert torch.equal(joined[1], logits[1]) and least == [0.3, 0.1]
+    place = POOLED.index("nose"), ARTIFACTS.index("blur")
+    assert joined[0][place] == pytest.approx(0.5 * -1 + 0.5 * 20, abs=2)
+    others = torch.ones_like(joined[0], dtype=torch.bool)
+    others[place] = False
+    assert torch.equal(joined[0][others], logits[0][others])  # a cue that the head does not know is the tower's alone
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"share": None}, "weights_do_not_fit"), ({"figures": {"cue_threshold": 2}}, "cue_threshold_missing")],
+)
+def test_a_damaged_second_head_is_refused(
+    small_clip_pass: None, weights: Path, tmp_path: Path, change: dict[str, Any], code: str
+) -> None:
+    """Bug prevented: a tower that names cues by one head where its files hold two."""
+    folder = with_clip_cues(weights, tmp_path, ("nose", "blur"))
+    state, card = load_file(folder / "clip-cues.safetensors"), read_card(folder / "clip-cues.card.json")
+    if "share" in change:
+        del state["share"]
+    save_weights(state, replace(card, figures=change.get("figures", card.figures)), folder)
+    with raises(code):
+        load_expert("tower", folder)
+
+
+def test_a_second_head_learns_and_is_weighed(
+    small_clip_pass: None, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug prevented: a head that may name cues which nothing showed it, one that learns from faces made as a whole,
+    features that are computed again, or weights that the tower refuses."""
+    data = load_crops(photos)
+    places = [3] * loop.ENOUGH + [4, 0, 0, 5, 9, 9]  # forged, photos, made as a whole; then of split calib
+    samples = [replace(data.samples[i], id=str(k)) for k, i in enumerate(places)]
+    assert data.masks is not None
+    some = CropSet(samples, data.crops[places], data.landmarks[places], {}, data.masks[places])
+    monkeypatch.setattr(cues, "load_sets", lambda *_: [some])
+    folder = tmp_path / "out"
+    save_weights(load_file(weights / "tower.safetensors"), read_card(weights / "tower.card.json"), folder)
+    cues.cues([photos], folder, tmp_path / "features", folder, epochs=2)
+    card = read_card(folder / "clip-cues.card.json")
+    assert card.covers == ("jaw blending",) and card.trained_on.startswith(f"{loop.ENOUGH + 3} pictures")
+    assert card.figures["cue_n"] == 2 and card.figures["share"] in cues.SHARES
+    assert card.figures["cue_f1"] >= card.figures["cue_f1_of_tower"]
+    assert card.figures["tower"] == read_card(folder / "tower.card.json").sha256
+    load_expert("tower", folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(cues, "clip_areas", lambda *_: pytest.fail("computed again"))
+        cues.cues([photos], folder, tmp_path / "features", folder, epochs=1)
+    assert read_card(folder / "clip-cues.card.json").version == "2"

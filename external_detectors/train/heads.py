@@ -82,7 +82,7 @@ def heads(
     crops = load_crops(data)
     rows = training_rows(crops, limit)
     splits = np.array([crops.samples[i].split for i in rows])
-    net.allowed.copy_(torch.from_numpy(_named_cues([crops.samples[i] for i in rows[splits == "train"]])))
+    net.allowed.copy_(torch.from_numpy(named_cues([crops.samples[i] for i in rows[splits == "train"]])))
     cache = cached_features(crops, rows, features, max(HEAD_LAYERS), HEAD_LAYERS, view_seed, additions=additions)
     truth, areas = _targets(crops, rows, view_seed)
     figures = _train_cues(net, cache, truth, areas, splits, epochs, lr, seed)
@@ -95,7 +95,7 @@ def heads(
     print(out / "tower.card.json")
 
 
-def _named_cues(samples: Sequence[Sample]) -> NDArray[np.bool_]:
+def named_cues(samples: Sequence[Sample]) -> NDArray[np.bool_]:
     """The cues that enough training pictures show, [areas, artifacts]. Raises X2DFDError where there is none."""
     shown = np.sum([cue_truth(s) > 0 for s in samples], 0)
     if (most := int(np.max(shown))) < ENOUGH:
@@ -115,8 +115,8 @@ def _targets(crops: CropSet, rows: NDArray[np.intp], view_seed: int) -> tuple[Te
     return torch.from_numpy(truth), torch.from_numpy(np.stack([area_grid(p) for p in points]))
 
 
-def _fit(
-    net: TowerHeads,
+def fit_epochs(
+    net: nn.Module,
     modules: Sequence[nn.Module],
     rows: NDArray[np.intp],
     loss_fn: Callable[[NDArray[np.intp]], Tensor],
@@ -178,7 +178,7 @@ def _train_cues(
 
     train_rows = np.flatnonzero((splits == "train") & labelled)
     modules = (net.mix, net.name)
-    best = _fit(net, modules, train_rows, loss_fn, evaluate, epochs=epochs, lr=lr, batch=BATCH, seed=seed)
+    best = fit_epochs(net, modules, train_rows, loss_fn, evaluate, epochs=epochs, lr=lr, batch=BATCH, seed=seed)
     return {**best, "cue_n": len(calib_rows), "cue_epochs": epochs}
 
 
@@ -221,7 +221,9 @@ def _train_map(
         binary = (maps >= 0.5 * maps.amax((1, 2), keepdim=True)).float()
         return {"map_iou": float(_soft_iou(binary, masks[calib_rows]).mean())}
 
-    best = _fit(net, [net.map], train_rows, loss_fn, evaluate, epochs=MAP_EPOCHS, lr=lr, batch=BATCH // 2, seed=seed)
+    best = fit_epochs(
+        net, [net.map], train_rows, loss_fn, evaluate, epochs=MAP_EPOCHS, lr=lr, batch=BATCH // 2, seed=seed
+    )
     return {"map_iou": round(best["map_iou"], 4), "map_n": len(calib_rows)}
 
 
