@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -197,7 +198,7 @@ def run(
     names = [name for name in calibration.weights if calibration.counts(name) and name != MLLM]
     own = [load_expert(name, folder / "experts") for name in names]
     held_out_sets = held_out_in(towers, names)
-    sets = load_sets(data)
+    sets = load_sets(data, on_remark=partial(typer.echo, err=True))
     found: list[Part] = []
     for held_out in held_out_sets:
         typer.echo(f"without {', '.join(sorted(held_out.left_out))}", err=True)

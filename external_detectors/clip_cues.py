@@ -1,39 +1,50 @@
-"""A second head for cues, on CLIP as it is: the forensic tower joins its logits with those of its own head.
+"""Expert `clip-cues`: P(changed in part), from the cues that areas of CLIP show, which it names for the tower, too.
 
-The tower learns from its training what its pictures have in common, and its areas look alike to its own head where a
-forgery is faint. CLIP's areas, which no training on forgeries has bent, differ from skin and surroundings in other
-ways, so the two together name more cues rightly than either (LOG.md).
+A small head on CLIP as it is compares each area of the face mesh with skin and surroundings, and scores the cues that
+the forge makes. A face counts as changed as far as any area shows any cue. Learnt from many forgeries, each as it is,
+the head beats both a logistic on the whole face and the tower's own head for cues (LOG.md). The tower joins its logits
+with those of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from external_detectors.clip_probe import CLASS_FEATURES
-from external_detectors.tower_net import POOLED
+from external_detectors.clip_probe import FEATURES, clip_areas
+from external_detectors.crop_expert import CropExpert
+from external_detectors.tower_net import POOLED, area_grid
 from external_detectors.weights_io import load_weights
+from x2dfd.adapter import EMBEDDED
 from x2dfd.errors import SetupError, first_line
-from x2dfd.experts import read_card
-from x2dfd.types import ARTIFACTS
+from x2dfd.experts import Shared, read_card
+from x2dfd.fetch import require
+from x2dfd.types import ARTIFACTS, Card, Evidence, Face
+
+WEIGHTS = EMBEDDED / "experts"
 
 NAME = "clip-cues"
-"""Of its files beside those of the tower; a tower without them names cues by its own head alone."""
+"""Of its files; a tower without them beside its own names cues by its own head alone."""
 
 _CUE = 64
 
 
-class ClipCues(nn.Module):
-    """Areas of CLIP (`clip_areas`, [n, areas, CLASS_FEATURES]) to logits of cues: [n, areas, artifacts]."""
+class CueHead(nn.Module):
+    """Areas of CLIP (`clip_areas`, [n, areas, FEATURES]) to logits of cues: [n, areas, artifacts]."""
 
     allowed: Tensor
     share: Tensor
+    slope: Tensor
+    offset: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Linear(CLASS_FEATURES, _CUE)
+        self.mix = nn.Linear(FEATURES, _CUE)
         self.name = nn.Sequential(
             nn.Linear(3 * _CUE + len(POOLED), 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, len(ARTIFACTS))
         )
@@ -41,6 +52,8 @@ class ClipCues(nn.Module):
         # Only cues that enough training pictures show are named.
         self.register_buffer("allowed", torch.zeros(len(POOLED), len(ARTIFACTS)))
         self.register_buffer("share", torch.tensor(0.0))  # of this head in the logits of both
+        self.register_buffer("slope", torch.tensor(1.0))  # from the evidence of all cues to the logit of a change
+        self.register_buffer("offset", torch.tensor(0.0))
 
     def forward(self, areas: Tensor) -> Tensor:
         mixed = self.mix(self.dropout(areas))
@@ -49,30 +62,58 @@ class ClipCues(nn.Module):
         logits: Tensor = self.name(torch.cat([mixed, mixed - skin, mixed - around, area_ids], 2))
         return logits.masked_fill(self.allowed == 0, -12.0)
 
+    def changed(self, logits: Tensor) -> Tensor:
+        """The logit of P(changed in part) from those of the cues: [n]."""
+        return self.slope * logits.flatten(1).logsumexp(1) + self.offset
+
     def join(self, tower: Tensor, own: Tensor) -> Tensor:
         """The tower's logits of the cues joined with those of this head, where it knows the cue."""
         joined = (1 - self.share) * tower + self.share * own
         return torch.where((self.allowed > 0) & (tower > -12.0), joined, tower)
 
 
-def load_clip_cues(folder: Path) -> tuple[ClipCues, float] | None:
+def areas_of(crops: Tensor, faces: Sequence[Face], dtype: torch.dtype | None) -> Tensor:
+    """CLIP's areas of the faces with these crops: [n, areas, FEATURES]."""
+    grids = np.stack([area_grid(f.crop_landmarks) for f in faces])
+    return clip_areas(crops, torch.from_numpy(grids).float() / 255, dtype)
+
+
+def load_head(folder: Path) -> tuple[CueHead, float] | None:
     """The head beside a tower's weights and the probability from which both together name a cue; None where the folder
     has none. Raises SetupError for weights that are damaged or of another shape."""
     path = folder / f"{NAME}.card.json"
     if not path.is_file():
         return None
-    card, head = read_card(path), ClipCues()
+    card, head = read_card(path), CueHead()
     try:
         head.load_state_dict(load_weights(card, folder))
     except RuntimeError as error:
         raise SetupError(
-            f"{card.weights} in {folder} does not fit its head: {first_line(error)}; train it again",
+            f"expert {NAME!r} in {folder} does not fit its head: {first_line(error)}; train it again",
             code="weights_do_not_fit",
         ) from error
     threshold = card.figures.get("cue_threshold")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise SetupError(
-            f"{path} has no cue_threshold from 0 to 1; reinstall x2dfd",
+            f"expert {NAME!r} in {folder} has no cue_threshold from 0 to 1; reinstall x2dfd",
             code="cue_threshold_missing",
         )
     return head.eval(), float(threshold)
+
+
+class ClipCues(CropExpert):
+    """P(changed in part) of each face's aligned crop."""
+
+    card: ClassVar[Card] = read_card(WEIGHTS / f"{NAME}.card.json")
+    at_once = 16
+
+    def __init__(self, folder: Path = WEIGHTS) -> None:
+        self.card = read_card(folder / f"{NAME}.card.json")  # type: ignore[misc]
+        loaded = load_head(folder)
+        assert loaded is not None  # as its card is there
+        self._head = loaded[0]
+        require("base")  # fail now, not at the first face
+
+    def evidence(self, crops: Tensor, faces: Sequence[Face], shared: Shared | None) -> list[Evidence]:
+        logits = self._head(areas_of(crops, faces, shared.tower_dtype if shared else None))
+        return [Evidence(NAME, score) for score in self._head.changed(logits).sigmoid().tolist()]

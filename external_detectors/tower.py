@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.clip_cues import load_clip_cues
-from external_detectors.clip_probe import clip_areas
+from external_detectors.clip_cues import areas_of, load_head
 from external_detectors.crop_expert import CropExpert
 from external_detectors.tower_net import MAX_CUES, POINTS_FROM, POOLED, HeadLogits, TowerHeads, area_grid
 from external_detectors.weights_io import load_weights
@@ -64,7 +63,7 @@ class Tower(CropExpert):
                 code="cue_threshold_missing",
             )
         self._threshold = float(threshold)
-        self._clip_cues = load_clip_cues(folder)
+        self._clip_cues = load_head(folder)
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """Reuse the embedded model's pass over these crops where there is one, else run a pass of its own."""
@@ -123,8 +122,7 @@ class Tower(CropExpert):
         own = []
         for start in range(0, len(faces), self.at_once):  # the batches of the experts on CLIP, which share the pass
             batch = faces[start : start + self.at_once]
-            areas = torch.from_numpy(np.stack([area_grid(f.crop_landmarks) for f in batch])).float() / 255
-            own.append(head(clip_areas(torch.from_numpy(np.stack([f.crop for f in batch])), areas, dtype)))
+            own.append(head(areas_of(torch.from_numpy(np.stack([f.crop for f in batch])), batch, dtype)))
         joined = torch.where(in_part[:, None, None], head.join(cues, torch.cat(own)), cues)
         return joined, [threshold if part else self._threshold for part in in_part.tolist()]
 

@@ -17,7 +17,7 @@ import skimage.data
 from external_detectors.train import loop
 from tests.raising import raises
 from x2dfd import crops as crops_module
-from x2dfd.crops import CropSet, load_crops
+from x2dfd.crops import CropSet, load_crops, load_sets
 from x2dfd.experts import write_card
 from x2dfd.faces import PREPROCESSING, find_faces
 from x2dfd.manifest import Sample
@@ -195,6 +195,13 @@ def test_a_manifest_without_a_usable_face_is_an_error(mixed: Path) -> None:
     for _ in range(2):
         with raises("no_usable_face"):
             load_crops(mixed)
+
+
+def test_a_training_says_which_pictures_it_cannot_use(mixed: Path) -> None:
+    """Bug prevented: a set of which a third shows no face is trained on without a word."""
+    lines: list[str] = []
+    [crops] = load_sets([mixed], on_remark=lines.append)
+    assert crops.unusable and lines == [f"{mixed}: {crops.lost()}"]
 
 
 def test_a_limit_draws_from_a_manifest_that_is_sorted() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from data_gen.build import BuildConfig, build
 from external_detectors import clip_cues, clip_probe, tower_net
-from external_detectors.clip_cues import ClipCues
+from external_detectors.clip_cues import CueHead
 from external_detectors.tower import _on_crop
 from external_detectors.tower_net import GRID, POOLED
 from external_detectors.train import cues, heads, loop, probe, ranges, self_blend
@@ -767,32 +767,36 @@ def test_class_tokens_are_those_of_the_bare_tower(small: None, monkeypatch: pyte
     crops = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8))
     states = tower_states(crops, 4)
     expected = torch.cat([states[2][:, 0], states[4][:, 0]], 1)
-    found = clip_probe.clip_features(crops)[:, : expected.shape[1]]
+    found = clip_probe.clip_features(crops)
     assert torch.allclose(found, expected, atol=0.05 * float(expected.abs().max()))  # bf16
 
 
-def test_a_face_is_compared_with_its_edge_and_its_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug prevented: patches of another place, of rows taken for columns, or features of the crops before."""
+def test_an_area_is_the_mean_of_its_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug prevented: patches of another place, of rows taken for columns, or a pass of CLIP for each expert that reads
+    the same crops."""
     passes = []
 
     def states(crops: Tensor, layers: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
-        """Of the first picture, a patch says how far it lies from the middle; of the second, how far up or down."""
+        """A patch says in which row and column it lies; the class token says nothing."""
         passes.append(len(crops))
-        y, x = torch.meshgrid(torch.arange(14.0) - 6.5, torch.arange(14.0) - 6.5, indexing="ij")
-        patches = torch.stack([torch.hypot(x, y), y.abs()]).flatten(1)[: len(crops), :, None]
-        state = torch.cat([torch.zeros(len(crops), 1, 1), patches], 1).expand(-1, -1, clip.WIDTH)
+        row, column = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
+        patches = torch.stack([row, column], 2).flatten(0, 1).repeat(1, clip.WIDTH // 2)
+        state = torch.cat([torch.zeros(1, clip.WIDTH), patches]).expand(len(crops), -1, -1)
         return (state,) * (layers + 1)
 
     monkeypatch.setattr(clip_probe, "tower_states", states)
+    monkeypatch.setattr("external_detectors.clip_probe.F.layer_norm", lambda means, _: means)
     clip_probe._last.clear()
     crops = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3), np.uint8))
-    parts = clip_probe.clip_features(crops).unflatten(1, (3, -1))
-    assert parts.shape[2] == clip_probe.CLASS_FEATURES and not parts[:, 0].any()
-    (face_around, edge_face), (up_around, up_edge) = parts[:, 1:, 0].tolist()
-    assert face_around < -3 and 1 < edge_face < 3  # patches: a face's height is 10.8 of 14, its width 9.2
-    assert -2.7 < up_around < -2 and up_edge > 1.3  # across instead of up: -3.1 and 1.2
-    assert torch.equal(clip_probe.clip_features(crops.clone()).unflatten(1, (3, -1)), parts) and passes == [2]
-    assert clip_probe.clip_features(crops[:1]).shape == (1, clip_probe.FEATURES) and passes == [2, 1]
+    areas = torch.zeros(2, 2, GRID, GRID)
+    areas[0, 0, 4:8, 20:22] = 1  # rows 2 and 3, column 10
+    areas[1, 1] = 0.5  # everywhere
+    found = clip_probe.clip_areas(crops, areas)
+    assert found.shape == (2, 2, clip_probe.FEATURES)
+    assert found[0, 0, :2].tolist() == [2.5, 10] and found[1, 1, -2:].tolist() == pytest.approx([6.5, 6.5])
+    assert not found[0, 1].any()  # an area that no patch shows
+    assert clip_probe.clip_features(crops.clone()).shape == (2, clip_probe.FEATURES) and passes == [2]
+    assert not clip_probe.clip_features(crops[:1]).any() and passes == [2, 1]
 
 
 def test_probes_learn_from_what_is_not_held_out(
@@ -821,17 +825,17 @@ def test_probes_learn_from_what_is_not_held_out(
     assert len(bright) == 9 + 7 + 7 - 16  # 9 of splits train and val as they are, 7 of train augmented, twice
     bright.clear()
     probe.probe(**given, leave_out="new,gan2", out=tmp_path / "new")
-    assert not bright and not (tmp_path / "new" / "clip-contrast.card.json").exists()  # no swap without "new" is left
+    assert not bright
     cards = [read_card(tmp_path / name / "clip-probe.card.json") for name in ("all", "new")]
     assert [card.figures["left_out"] for card in cards] == [[], ["new", "gan2"]]
     assert [card.trained_on for card in cards] == ["7 pictures; sources: a, made, new", "3 pictures; sources: a, made"]
     dark, light = (face.crop * share for share in (0.5, 1.0))
     crops = torch.from_numpy(np.stack([dark, light]).astype(np.uint8))
-    for expert in (clip_probe.ClipProbe(tmp_path / "all"), clip_probe.ClipContrast(tmp_path / "all")):
-        low, high = expert.p_fake(crops).tolist()
-        assert 0 < low < high < 1  # the fakes among PICTURES are the brighter ones
-        [evidence] = expert.judge([face])
-        assert evidence.score == pytest.approx(high, abs=1e-4) and not evidence.cues
+    expert = clip_probe.ClipProbe(tmp_path / "all")
+    low, high = expert.p_fake(crops).tolist()
+    assert 0 < low < high < 1  # the fakes among PICTURES are the brighter ones
+    [evidence] = expert.judge([face])
+    assert evidence.score == pytest.approx(high, abs=1e-4) and not evidence.cues
     other = {"weight": torch.zeros(clip.WIDTH), "bias": torch.zeros(())}
     save_weights(other, cards[0], tmp_path / "other")
     with raises("weights_do_not_fit", "clip-probe"):  # not one face without a score after the other
@@ -862,30 +866,6 @@ def test_features_in_8_bits_are_kept_apart(
         asked.clear()
 
 
-def test_only_one_probe_learns_from_faces_made_as_a_whole(
-    bright: list[int], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bug prevented: a contrast that calls whole faces changed in part, or one of an older training beside a new probe,
-    which both pass for one training's."""
-    learnt: list[tuple[int, list[bool]]] = []
-
-    def fit(features: Any, fake: Any, rows: Any, *_: Any) -> Any:
-        learnt.append((features.shape[1], fake[rows].tolist()))
-        return np.zeros(features.shape[1], np.float32), np.float32(0)
-
-    monkeypatch.setattr(probe, "_fit", fit)
-    probe.probe([photos], tmp_path / "features", tmp_path / "out", views=1)
-    assert learnt == [
-        (clip_probe.CLASS_FEATURES, [False] * 3 + [True] * 4),
-        (clip_probe.FEATURES, [False] * 3 + [True] * 2),
-    ]
-    with monkeypatch.context() as patch, raises("old_expert_there", tmp_path / "out" / "clip-contrast.card.json"):
-        patch.setattr(probe, "_features", lambda *_: pytest.fail("the work has begun"))
-        probe.probe([photos], tmp_path / "features", tmp_path / "out", "new")  # no swap is left, for a contrast
-    covers = [read_card(tmp_path / "out" / f"{name}.card.json").covers for name in ("clip-probe", "clip-contrast")]
-    assert covers == [("EFS",), ("FS", "FR", "FE")]
-
-
 # --- cues on CLIP as it is -------------------------------------------------------------------------------------------
 
 
@@ -904,7 +884,7 @@ def with_clip_cues(weights: Path, folder: Path, cue: tuple[str, str], share: flo
     name = "name.3.bias"  # of the cues
     state[name] = torch.full_like(state[name], -5)
     save_weights(state, read_card(weights / "tower.card.json"), folder)
-    head: Any = ClipCues()
+    head: Any = CueHead()
     with torch.no_grad():
         head.name[-1].bias.copy_(torch.tensor([20.0 if a == cue[1] else -20 for a in ARTIFACTS]))
         head.allowed[POOLED.index(cue[0]), ARTIFACTS.index(cue[1])] = 1
@@ -930,6 +910,7 @@ def test_cues_of_clip_are_named_where_the_tower_sees_a_face_changed_in_part(
     expert: Any = load_expert("tower", folder)
     for fake, kind, named, passed in ((20.0, "FS", ["nose"], 1), (20.0, "EFS", [], 0), (-20.0, "FS", [], 0)):
         passes.clear()
+        clip_probe._last.clear()
         with torch.no_grad():
             expert._heads.fake.bias.fill_(fake)
             expert._heads.cls.bias.copy_(torch.tensor([20.0 if k == kind else -20 for k in tower_net.KINDS]))
@@ -938,6 +919,7 @@ def test_cues_of_clip_are_named_where_the_tower_sees_a_face_changed_in_part(
     for name in ("fake", "cls"):
         getattr(expert._heads, name).bias.data.copy_(torch.tensor(20.0 if name == "fake" else [-20, -20, 20, -20, -20]))
     passes.clear()
+    clip_probe._last.clear()
     expert.judge([face])
     clip_probe.clip_features(torch.from_numpy(face.crop[None]))
     assert passes == [1]  # the experts on CLIP share the pass
@@ -982,20 +964,26 @@ def test_a_second_head_learns_and_is_weighed(
     """Bug prevented: a head that may name cues which nothing showed it, one that learns from faces made as a whole,
     features that are computed again, or weights that the tower refuses."""
     data = load_crops(photos)
-    places = [3] * loop.ENOUGH + [4, 0, 0, 5, 9, 9]  # forged, photos, made as a whole; then of split calib
+    places = [3] * loop.ENOUGH + [4, 0, 0, 5, 9, 9, 1]  # forged, photos, made as a whole; then of split calib
     samples = [replace(data.samples[i], id=str(k)) for k, i in enumerate(places)]
-    assert data.masks is not None
-    some = CropSet(samples, data.crops[places], data.landmarks[places], {}, data.masks[places])
-    monkeypatch.setattr(cues, "load_sets", lambda *_: [some])
+    some = CropSet(samples, data.crops[places], data.landmarks[places], {})
+    monkeypatch.setattr(cues, "load_sets", lambda *_, **__: [some])
     folder = tmp_path / "out"
     save_weights(load_file(weights / "tower.safetensors"), read_card(weights / "tower.card.json"), folder)
+    with raises("no_cues"):  # no photo of split calib
+        cues.cues([photos], folder, tmp_path / "features", folder)
+    samples[-1] = replace(samples[-1], split="calib")
     cues.cues([photos], folder, tmp_path / "features", folder, epochs=2)
     card = read_card(folder / "clip-cues.card.json")
-    assert card.covers == ("jaw blending",) and card.trained_on.startswith(f"{loop.ENOUGH + 3} pictures")
+    assert card.covers == ("FS", "FR", "FE", "jaw blending") and card.trained_on.startswith(
+        f"{loop.ENOUGH + 3} pictures"
+    )
     assert card.figures["cue_n"] == 2 and card.figures["share"] in cues.SHARES
     assert card.figures["cue_f1"] >= card.figures["cue_f1_of_tower"]
     assert card.figures["tower"] == read_card(folder / "tower.card.json").sha256
     load_expert("tower", folder)
+    [evidence] = load_expert("clip-cues", folder).judge([clip.view_face(data, 3, 1)])
+    assert evidence.score is not None and 0 < evidence.score < 1
     with monkeypatch.context() as patch:
         patch.setattr(cues, "clip_areas", lambda *_: pytest.fail("computed again"))
         cues.cues([photos], folder, tmp_path / "features", folder, epochs=1)

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -129,8 +129,14 @@ def load_crops(manifest: Path, workers: int = 1, side: int = CROP_SIZE) -> CropS
     return data
 
 
-def load_sets(manifests: Sequence[Path], workers: int = 1, side: int = CROP_SIZE) -> list[CropSet]:
-    """The crops of each manifest. Raises X2DFDError for a picture in two of them, as it would count twice."""
+def load_sets(
+    manifests: Sequence[Path],
+    workers: int = 1,
+    side: int = CROP_SIZE,
+    on_remark: Callable[[str], None] = lambda line: None,
+) -> list[CropSet]:
+    """The crops of each manifest. `on_remark` gets a sentence for each manifest of which pictures are not used. Raises
+    X2DFDError for a picture in two of them, as it would count twice."""
     manifest_of: dict[Path, Path] = {}
     for manifest in manifests:
         for sample in read_manifest(manifest):
@@ -140,7 +146,11 @@ def load_sets(manifests: Sequence[Path], workers: int = 1, side: int = CROP_SIZE
                     code="manifest_path_twice",
                 )
             manifest_of[sample.path] = manifest
-    return [load_crops(path, workers, side) for path in manifests]
+    sets = [load_crops(path, workers, side) for path in manifests]
+    for path, crops in zip(manifests, sets, strict=True):
+        if lost := crops.lost():
+            on_remark(f"{path}: {lost}")
+    return sets
 
 
 def _saved(samples: Sequence[Sample], folder: Path, key: dict[str, str], side: int) -> CropSet | None:

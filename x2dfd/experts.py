@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BUILTIN: dict[str, str] = {
     "tower": "external_detectors.tower:Tower",
     "clip-probe": "external_detectors.clip_probe:ClipProbe",
-    "clip-contrast": "external_detectors.clip_probe:ClipContrast",
+    "clip-cues": "external_detectors.clip_cues:ClipCues",
 }
 DEFAULT: tuple[str, ...] = ("tower",)
 """Experts whose scores a prompt states by default, in that order; also those of a model without an adapter."""

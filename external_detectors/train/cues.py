@@ -19,11 +19,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from external_detectors.clip_cues import NAME, ClipCues
-from external_detectors.clip_probe import CLASS_FEATURES, LAYERS, VERSION, clip_areas
+from external_detectors.clip_cues import NAME, CueHead
+from external_detectors.clip_probe import FEATURES, LAYERS, VERSION, clip_areas
 from external_detectors.tower_net import POOLED, TowerHeads, area_grid
 from external_detectors.train.heads import fit_epochs, named_cues
-from external_detectors.train.loop import best_threshold, covered, cue_loss, cue_truth, licence_of, log, next_version
+from external_detectors.train.loop import (
+    auc,
+    best_threshold,
+    covered,
+    cue_loss,
+    cue_truth,
+    licence_of,
+    log,
+    next_version,
+    ridge_logistic,
+)
+from external_detectors.train.tower import own_origins
 from external_detectors.weights_io import load_weights, save_weights
 from x2dfd.crops import CropSet, load_sets
 from x2dfd.degrade import CODEC, codec
@@ -33,12 +44,13 @@ from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, locked_folder
 from x2dfd.manifest import manifest_sha256
+from x2dfd.options import names
 from x2dfd.progress import progress
 from x2dfd.tower import CLOSER_MATRIX, HEAD_LAYERS, VIEWS, CachedArray, tower_states
 from x2dfd.types import Card
 
 BATCH, READ = 64, 16  # pictures of a step, and of a pass of CLIP
-SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
+SHARES = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 MAX_CALIB = 800  # pictures on which the share is chosen
 
 
@@ -47,7 +59,8 @@ def cues(
     tower: Annotated[Path, typer.Option(help="folder of the tower's weights and card, with whose head this one joins")],
     features: Annotated[Path, typer.Option(help="folder for CLIP's areas, which are computed once")],
     out: Annotated[Path, typer.Option(help="folder for weights and card")],
-    epochs: Annotated[int, typer.Option(min=1)] = 15,
+    leave_out: Annotated[str, typer.Option("--held-out", help="sources, generators and methods, comma-separated")] = "",
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
     lr: float = 1e-3,
     int8: Annotated[bool, typer.Option("--int8", help="CLIP in 8 bits: twice as quick on CPUs with VNNI")] = False,
     seed: int = 0,
@@ -55,7 +68,7 @@ def cues(
 ) -> None:
     """A second head for the tower's cues, on CLIP as it is."""
     torch.manual_seed(seed)
-    sets = load_sets(data, crop_workers)
+    sets = load_sets(data, crop_workers, on_remark=log)
     # No area of a face made as a whole is named, so such faces would teach nothing here.
     places = [
         (k, i)
@@ -64,15 +77,20 @@ def cues(
         if s.split in ("train", "calib") and s.df_class != "EFS" and (cue_truth(s) >= 0).any()
     ]
     samples = [sets[k].samples[i] for k, i in places]
+    left_out = names(leave_out)
+    met = np.array([not own_origins(s) & set(left_out) for s in samples])
     calib = np.array([s.split == "calib" for s in samples])
     truth = torch.from_numpy(np.stack([cue_truth(s) for s in samples]))
-    train_rows, calib_rows = np.flatnonzero(~calib), np.flatnonzero(calib & (truth > 0).flatten(1).any(1).numpy())
-    if not len(calib_rows):
+    train_rows = np.flatnonzero(~calib & met)
+    changed = (truth != 0).flatten(1).any(1).numpy()  # also too faintly for anybody to see
+    scored_rows = np.flatnonzero(calib & met)
+    calib_rows = scored_rows[(truth[scored_rows] > 0).flatten(1).any(1).numpy()]
+    if not len(calib_rows) or changed[scored_rows].all():
         raise X2DFDError(
-            "split `calib` holds no forgery with cues, which chooses how much the head counts", code="no_cues"
+            "split `calib` holds no forgery with cues or no photo; they choose how much the head counts", code="no_cues"
         )
     calib_rows = np.sort(np.random.default_rng(seed).permutation(calib_rows)[:MAX_CALIB])
-    net, version = ClipCues(), next_version(out, NAME)
+    net, version = CueHead(), next_version(out, NAME)
     net.allowed.copy_(torch.from_numpy(named_cues([samples[i] for i in train_rows])))
     with locked_folder(features, wait=True):
         areas = _areas(sets, places, features, int8)
@@ -90,15 +108,23 @@ def cues(
     alone = fit_epochs(net, [net], train_rows, loss_fn, evaluate, epochs=epochs, lr=lr, batch=BATCH, seed=seed)
     with torch.inference_mode():
         own = torch.cat([logits_of(rows) for rows in _batches(calib_rows)])
+        evidence = torch.cat([net.changed(logits_of(rows)) for rows in _batches(scored_rows)])
         of_tower = _of_tower(sets, [places[i] for i in calib_rows], tower, torch.int8 if int8 else None)
     share, by_share = _weigh(net, of_tower, own, truth[calib_rows])
+    is_fake = changed[scored_rows]
+    slope, offset = _fit_score(evidence, is_fake)
+    net.slope.fill_(slope)
+    net.offset.fill_(offset)
     settings = {"data": [manifest_sha256(path) for path in data], "epochs": epochs, "lr": lr, "seed": seed}
     figures = {
         **by_share[share],
         "cue_n": len(calib_rows),
         "share": share,
+        "auc": auc(is_fake, evidence.double().numpy()),
+        "auc_n": len(scored_rows),
         "cue_f1_alone": alone["cue_f1"],
         "cue_f1_of_tower": by_share[0.0]["cue_f1"],
+        "left_out": list(left_out),
         "tower": read_card(tower / "tower.card.json").sha256,
         "settings": settings | ({"int8": True} if int8 else {}),
     }
@@ -111,17 +137,16 @@ def cues(
         sha256="",
         preprocessing=PREPROCESSING,
         paper="features of CLIP's layers after Koutlis & Papadopoulos, arXiv 2402.19091; CLIP, arXiv 2103.00020",
-        blind_spot="Signs that the forge does not make; it gives no verdict, and is asked only where the tower sees a "
-        "face changed in part.",
+        blind_spot="Faces made as a whole, and changes whose signs the forge does not make.",
         trained_on=f"{len(learnt_from)} pictures; sources: {', '.join(sorted({s.source for s in learnt_from}))}",
-        covers=covered(net.allowed)[4:],  # cues alone, no class of fakes
+        covers=covered(net.allowed)[1:],  # all but EFS
         figures=figures,
     )
     save_weights(net.state_dict(), card, out)
     print(out / f"{NAME}.card.json")
 
 
-def _weigh(net: ClipCues, of_tower: Tensor, own: Tensor, truth: Tensor) -> tuple[float, dict[float, dict[str, float]]]:
+def _weigh(net: CueHead, of_tower: Tensor, own: Tensor, truth: Tensor) -> tuple[float, dict[float, dict[str, float]]]:
     """Give this head the share in both logits, [n, areas, artifacts], that has the best F1; the figures of each."""
     by_share = {}
     for share in SHARES:
@@ -131,6 +156,14 @@ def _weigh(net: ClipCues, of_tower: Tensor, own: Tensor, truth: Tensor) -> tuple
     best = max(by_share, key=lambda share: by_share[share]["cue_f1"])
     net.share.fill_(best)
     return best, by_share
+
+
+def _fit_score(evidence: Tensor, is_fake: NDArray[np.bool_]) -> tuple[float, float]:
+    """Slope and offset of the logit of P(changed in part), where forgeries and photos are equally frequent."""
+    labels, n = torch.from_numpy(is_fake).float(), int(is_fake.sum())
+    weights = torch.where(labels > 0, 0.5 / n, 0.5 / (len(is_fake) - n))
+    weight, bias = ridge_logistic(evidence[:, None], labels, 0.0, weights)
+    return float(weight), float(bias)
 
 
 def _batches(rows: NDArray[np.intp]) -> list[NDArray[np.intp]]:
@@ -143,14 +176,14 @@ def _crops(sets: list[CropSet], places: list[tuple[int, int]]) -> Tensor:
 
 
 def _areas(sets: list[CropSet], places: list[tuple[int, int]], folder: Path, int8: bool) -> NDArray[np.float16]:
-    """CLIP's areas of each picture, [n, areas, CLASS_FEATURES]. A cut-off run resumes."""
+    """CLIP's areas of each picture, [n, areas, FEATURES]. A cut-off run resumes."""
     digest = hashlib.sha256()
     for k, i in places:
         digest.update(sets[k].samples[i].id.encode() + sets[k].crops[i].tobytes() + sets[k].landmarks[i].tobytes())
     base = file_sha256(require("base") / "model.safetensors")
     key = {"pictures": digest.hexdigest(), "features": VERSION, "layers": list(LAYERS), "base": base}
     key |= VIEWS | ({"int8": True} if int8 else {})
-    cache = CachedArray(folder, "areas.npy", key, (len(places), len(POOLED), CLASS_FEATURES))
+    cache = CachedArray(folder, "areas.npy", key, (len(places), len(POOLED), FEATURES))
     rows = cache.open()
     for start in progress(range(cache.done, len(places), READ), "CLIP's areas"):
         batch = places[start : start + READ]

@@ -80,6 +80,8 @@ def heads(
         raise X2DFDError(f"{start} holds the tensor {unknown[0]}, which the heads do not have", code="tensor_unknown")
     additions = start / card.weights
     crops = load_crops(data)
+    if lost := crops.lost():
+        log(lost)
     rows = training_rows(crops, limit)
     splits = np.array([crops.samples[i].split for i in rows])
     net.allowed.copy_(torch.from_numpy(named_cues([crops.samples[i] for i in rows[splits == "train"]])))

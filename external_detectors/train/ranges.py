@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 
 from external_detectors.clip_probe import LAYERS
+from external_detectors.train.loop import log
 from x2dfd.adapter import TOWER
 from x2dfd.crops import load_sets
 from x2dfd.errors import SetupError, X2DFDError
@@ -74,7 +75,7 @@ def ranges(
     largest = _Largest()
     run = load_tower_pass(max(HEAD_LAYERS if additions else LAYERS), additions, torch.float32, largest)
     seen = 0
-    for crops in load_sets(data, crop_workers):
+    for crops in load_sets(data, crop_workers, on_remark=log):
         rows = training_rows(crops, limit)
         for start in progress(range(0, len(rows), BATCH), "ranges"):
             views = [augmented_view(crops.crops[i], seed, int(i)) for i in rows[start : start + BATCH]]

@@ -143,7 +143,7 @@ class Pictures(IterableDataset[Item]):
     def __init__(self, sets: Sequence[CropSet], leave_out: Sequence[str], seed: int) -> None:
         self.sets, self.seed = sets, seed
         self.all_rows = [(k, i) for k, crops in enumerate(sets) for i in range(len(crops.samples))]
-        origins = {name for k, i in self.all_rows for name in _own_origins(self.at(k, i))}
+        origins = {name for k, i in self.all_rows for name in own_origins(self.at(k, i))}
         for name in leave_out:
             if name not in origins:
                 raise UnknownName("source, generator or method", name, origins)
@@ -155,12 +155,12 @@ class Pictures(IterableDataset[Item]):
         held_out = {
             (k, i)
             for k, i in self.all_rows
-            if {*_own_origins(self.at(k, i)), donors.get(str(self.at(k, i).extra.get("donor") or ""))} & set(leave_out)
+            if {*own_origins(self.at(k, i)), donors.get(str(self.at(k, i).extra.get("donor") or ""))} & set(leave_out)
         }
         self.rows = [r for r in self.all_rows if self.at(*r).split in ("", "train") and r not in held_out]
         # Only the held-out pictures of split `val` take part in the choice: the others are for reports and calibration.
         val_rows = [r for r in self.all_rows if self.at(*r).split == "val"]
-        val_held_out = [r for r in val_rows if _own_origins(self.at(*r)) & set(leave_out)]
+        val_held_out = [r for r in val_rows if own_origins(self.at(*r)) & set(leave_out)]
         val_others = [r for r in val_rows if r not in held_out]
         self.validation_rows = _subset(val_held_out, 240) + _subset(val_others, 240)
         self.odds = _sampling_odds([self.at(k, i) for k, i in self.rows])
@@ -217,7 +217,7 @@ def _to_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float3
     return np.asarray(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA), np.float32)
 
 
-def _own_origins(sample: Sample) -> set[str]:
+def own_origins(sample: Sample) -> set[str]:
     """A picture's generator or source, and its forge methods."""
     return {sample.origin, *sample.method.split("+")} - {""}
 
@@ -281,7 +281,7 @@ def tower(
 ) -> None:
     """Train the forensic tower: real or fake, kind of fake, cues and map from one pass."""
     version = next_version(out, "tower")
-    sets = load_sets(data, crop_workers)
+    sets = load_sets(data, crop_workers, on_remark=log)
     held_out = names(leave_out)
     pictures = Pictures(sets, held_out, seed)
     truth = np.stack([cue_truth(pictures.at(k, i)) for k, i in pictures.rows])
