@@ -99,7 +99,7 @@ def _result(request: Run, task: Task, outcome: Outcome) -> Result:
 
 
 def _chosen(options: Options) -> Json:
-    """The options, as a user gives them, that decide which scores there are and that nothing else in a result names."""
+    """The options, as a user gives them, that decide which scores there are."""
     loading, experts = options.choice.loading, options.experts
     given: dict[str, object] = {"tools": options.choice.tools, "experts": experts}
     given |= {name: loading.get(name) for name in ("mode", "dtype", "bits")}

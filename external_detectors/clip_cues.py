@@ -1,9 +1,9 @@
-"""Expert `clip-cues`: P(changed in part), from the cues that areas of CLIP show, which it names for the tower, too.
+"""Expert `clip-cues`: P(changed in part), from the cues that it sees in the areas of a face.
 
 A small head on CLIP as it is compares each area of the face mesh with skin and surroundings, and scores the cues that
-the forge makes. A face counts as changed as far as any area shows any cue. Learnt from many forgeries, each as it is,
-the head beats both a logistic on the whole face and the tower's own head for cues (LOG.md). The tower joins its logits
-with those of its own.
+the forge makes. The likelier any cue in any area, the likelier the change. Learnt from many forgeries, each as it is,
+the head beats both a logistic on the whole face and the tower's own head for cues (LOG.md). The tower joins the logits
+of these cues with those of its own.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def areas_of(crops: Tensor, faces: Sequence[Face], dtype: torch.dtype | None) ->
     return clip_areas(crops, torch.from_numpy(grids).float() / 255, dtype)
 
 
-def load_head(folder: Path) -> tuple[CueHead, float] | None:
+def load_head(folder: Path, tower: str | None = None) -> tuple[CueHead, float] | None:
     """The head beside a tower's weights and the probability from which both together name a cue; None where the folder
-    has none. Raises SetupError for weights that are damaged or of another shape."""
+    has none. Raises SetupError for weights that are damaged or of another shape, or whose share was chosen beside
+    another tower than that of the SHA-256 `tower`."""
     path = folder / f"{NAME}.card.json"
     if not path.is_file():
         return None
@@ -92,6 +93,10 @@ def load_head(folder: Path) -> tuple[CueHead, float] | None:
             f"expert {NAME!r} in {folder} does not fit its head: {first_line(error)}; train it again",
             code="weights_do_not_fit",
         ) from error
+    if tower is not None and card.figures.get("tower") != tower:
+        raise SetupError(
+            f"expert {NAME!r} in {folder} was weighed beside another tower; train it again", code="weights_do_not_fit"
+        )
     threshold = card.figures.get("cue_threshold")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise SetupError(

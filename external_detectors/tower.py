@@ -35,6 +35,19 @@ WEIGHTS = EMBEDDED / "experts"
 _CELLS = 14  # a side of the map
 
 
+def load_heads(card: Card, folder: Path) -> TowerHeads:
+    """The heads in a tower's weights. Raises SetupError for weights that are damaged or of another shape."""
+    weights, heads = load_weights(card, folder), TowerHeads()
+    try:
+        heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
+    except RuntimeError as error:
+        raise SetupError(
+            f"expert 'tower' in {folder} does not fit its heads: {first_line(error)}; train it again",
+            code="weights_do_not_fit",
+        ) from error
+    return heads.eval()
+
+
 class Tower(CropExpert):
     """P(fake) of each face's aligned crop, the likeliest kind of fake, the likeliest cues, and a map."""
 
@@ -43,16 +56,7 @@ class Tower(CropExpert):
 
     def __init__(self, folder: Path = WEIGHTS) -> None:
         self.card = read_card(folder / "tower.card.json")  # type: ignore[misc]
-        weights = load_weights(self.card, folder)
-        self._heads = TowerHeads()
-        try:
-            self._heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
-        except RuntimeError as error:
-            raise SetupError(
-                f"expert 'tower' in {folder} does not fit its heads: {first_line(error)}; train it again",
-                code="weights_do_not_fit",
-            ) from error
-        self._heads.eval()
+        self._heads = load_heads(self.card, folder)
         self._additions = folder / self.card.weights
         self.tower = additions_sha256(read_additions(self._additions))
         require("base")  # fail now, not at the first face
@@ -63,7 +67,7 @@ class Tower(CropExpert):
                 code="cue_threshold_missing",
             )
         self._threshold = float(threshold)
-        self._clip_cues = load_head(folder)
+        self._clip_cues = load_head(folder, self.card.sha256)
 
     def judge(self, faces: Sequence[Face], shared: Shared | None = None) -> list[Evidence]:
         """Reuse the embedded model's pass over these crops where there is one, else run a pass of its own."""

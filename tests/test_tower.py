@@ -890,6 +890,7 @@ def with_clip_cues(weights: Path, folder: Path, cue: tuple[str, str], share: flo
         head.allowed[POOLED.index(cue[0]), ARTIFACTS.index(cue[1])] = 1
         head.share.fill_(share)
     card = replace(read_card(weights / "tower.card.json"), name=clip_cues.NAME, figures={"cue_threshold": 0.3})
+    card = replace(card, figures=card.figures | {"tower": read_card(folder / "tower.card.json").sha256})
     save_weights(head.state_dict(), card, folder)
     return folder
 
@@ -953,7 +954,7 @@ def test_a_damaged_second_head_is_refused(
     state, card = load_file(folder / "clip-cues.safetensors"), read_card(folder / "clip-cues.card.json")
     if "share" in change:
         del state["share"]
-    save_weights(state, replace(card, figures=change.get("figures", card.figures)), folder)
+    save_weights(state, replace(card, figures=card.figures | change.get("figures", {})), folder)
     with raises(code):
         load_expert("tower", folder)
 
@@ -987,4 +988,25 @@ def test_a_second_head_learns_and_is_weighed(
     with monkeypatch.context() as patch:
         patch.setattr(cues, "clip_areas", lambda *_: pytest.fail("computed again"))
         cues.cues([photos], folder, tmp_path / "features", folder, epochs=1)
-    assert read_card(folder / "clip-cues.card.json").version == "2"
+    card = read_card(folder / "clip-cues.card.json")
+    assert card.version == "2"
+    save_weights(
+        load_file(folder / "clip-cues.safetensors"), replace(card, figures=card.figures | {"tower": "0"}), folder
+    )
+    with raises("weights_do_not_fit", "another tower"):  # its share was chosen beside that one
+        load_expert("tower", folder)
+
+
+def test_a_held_out_head_met_no_donor_of_its_sources(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Bug prevented: faces of a held-out source that come in as donors of swaps, or a wrong name without a word."""
+    data = load_crops(photos)
+    groups = {s.group for s in data.samples if s.source == "new" and s.label == "real"}
+    samples = [replace(s, split="train") for s in data.samples]
+    swap = next(i for i, s in enumerate(samples) if s.method == "swap" and s.source == "a")
+    samples[swap] = replace(samples[swap], extra={"donor": groups.pop()})
+    places, held_out = cues._places([replace(data, samples=samples)], ("new", "sdxl"))
+    assert {samples[i].source for (_, i), out in zip(places, held_out, strict=True) if out} == {"a", "new"}
+    assert held_out[places.index((0, swap))] and "no picture here is of sdxl" in capfd.readouterr().err
+    assert all(samples[i].df_class != "EFS" for _, i in places)

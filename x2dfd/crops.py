@@ -135,7 +135,7 @@ def load_sets(
     side: int = CROP_SIZE,
     on_remark: Callable[[str], None] = lambda line: None,
 ) -> list[CropSet]:
-    """The crops of each manifest. `on_remark` gets a sentence for each manifest of which pictures are not used. Raises
+    """The crops of each manifest. `on_remark` gets a sentence on each manifest whose pictures are not all used. Raises
     X2DFDError for a picture in two of them, as it would count twice."""
     manifest_of: dict[Path, Path] = {}
     for manifest in manifests:

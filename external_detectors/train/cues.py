@@ -8,6 +8,7 @@ chosen on pictures of split `calib`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,15 +17,16 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
 
 from external_detectors.clip_cues import NAME, CueHead
 from external_detectors.clip_probe import FEATURES, LAYERS, VERSION, clip_areas
+from external_detectors.tower import load_heads
 from external_detectors.tower_net import POOLED, TowerHeads, area_grid
 from external_detectors.train.heads import fit_epochs, named_cues
 from external_detectors.train.loop import (
-    auc,
     best_threshold,
     covered,
     cue_loss,
@@ -34,16 +36,16 @@ from external_detectors.train.loop import (
     next_version,
     ridge_logistic,
 )
-from external_detectors.train.tower import own_origins
-from external_detectors.weights_io import load_weights, save_weights
+from external_detectors.train.tower import held_out_rows, own_origins
+from external_detectors.weights_io import save_weights
 from x2dfd.crops import CropSet, load_sets
 from x2dfd.degrade import CODEC, codec
 from x2dfd.errors import X2DFDError
 from x2dfd.experts import read_card
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
-from x2dfd.files import file_sha256, locked_folder
-from x2dfd.manifest import manifest_sha256
+from x2dfd.files import Json, file_sha256, locked_folder
+from x2dfd.manifest import Sample, manifest_sha256
 from x2dfd.options import names
 from x2dfd.progress import progress
 from x2dfd.tower import CLOSER_MATRIX, HEAD_LAYERS, VIEWS, CachedArray, tower_states
@@ -66,26 +68,18 @@ def cues(
     seed: int = 0,
     crop_workers: int = 1,
 ) -> None:
-    """A second head for the tower's cues, on CLIP as it is."""
+    """The expert on the cues of areas of CLIP, which the tower joins with its own."""
     torch.manual_seed(seed)
+    left_out, card_of_tower = names(leave_out), read_card(tower / "tower.card.json")
+    heads_of_tower = load_heads(card_of_tower, tower)
     sets = load_sets(data, crop_workers, on_remark=log)
-    # No area of a face made as a whole is named, so such faces would teach nothing here.
-    places = [
-        (k, i)
-        for k, crops in enumerate(sets)
-        for i, s in enumerate(crops.samples)
-        if s.split in ("train", "calib") and s.df_class != "EFS" and (cue_truth(s) >= 0).any()
-    ]
+    places, is_held_out = _places(sets, left_out)
     samples = [sets[k].samples[i] for k, i in places]
-    left_out = names(leave_out)
-    met = np.array([not own_origins(s) & set(left_out) for s in samples])
-    calib = np.array([s.split == "calib" for s in samples])
+    calib, fake = np.array([s.split == "calib" for s in samples]), np.array([s.label == "fake" for s in samples])
     truth = torch.from_numpy(np.stack([cue_truth(s) for s in samples]))
-    train_rows = np.flatnonzero(~calib & met)
-    changed = (truth != 0).flatten(1).any(1).numpy()  # also too faintly for anybody to see
-    scored_rows = np.flatnonzero(calib & met)
+    train_rows, scored_rows = np.flatnonzero(~calib & ~is_held_out), np.flatnonzero(calib & ~is_held_out)
     calib_rows = scored_rows[(truth[scored_rows] > 0).flatten(1).any(1).numpy()]
-    if not len(calib_rows) or changed[scored_rows].all():
+    if not len(calib_rows) or fake[scored_rows].all():
         raise X2DFDError(
             "split `calib` holds no forgery with cues or no photo; they choose how much the head counts", code="no_cues"
         )
@@ -109,10 +103,9 @@ def cues(
     with torch.inference_mode():
         own = torch.cat([logits_of(rows) for rows in _batches(calib_rows)])
         evidence = torch.cat([net.changed(logits_of(rows)) for rows in _batches(scored_rows)])
-        of_tower = _of_tower(sets, [places[i] for i in calib_rows], tower, torch.int8 if int8 else None)
+        of_tower = _of_tower(sets, [places[i] for i in calib_rows], heads_of_tower, tower / card_of_tower.weights)
     share, by_share = _weigh(net, of_tower, own, truth[calib_rows])
-    is_fake = changed[scored_rows]
-    slope, offset = _fit_score(evidence, is_fake)
+    slope, offset = _fit_score(evidence, fake[scored_rows])
     net.slope.fill_(slope)
     net.offset.fill_(offset)
     settings = {"data": [manifest_sha256(path) for path in data], "epochs": epochs, "lr": lr, "seed": seed}
@@ -120,16 +113,45 @@ def cues(
         **by_share[share],
         "cue_n": len(calib_rows),
         "share": share,
-        "auc": auc(is_fake, evidence.double().numpy()),
+        "auc": round(float(roc_auc_score(fake[scored_rows], evidence)), 4),
         "auc_n": len(scored_rows),
         "cue_f1_alone": alone["cue_f1"],
         "cue_f1_of_tower": by_share[0.0]["cue_f1"],
         "left_out": list(left_out),
-        "tower": read_card(tower / "tower.card.json").sha256,
+        "tower": card_of_tower.sha256,
         "settings": settings | ({"int8": True} if int8 else {}),
     }
-    learnt_from = [samples[i] for i in train_rows]
-    card = Card(
+    save_weights(net.state_dict(), _card([samples[i] for i in train_rows], version, net, figures), out)
+    print(out / f"{NAME}.card.json")
+
+
+Places = list[tuple[int, int]]
+"""Set and row of each picture."""
+
+
+def _places(sets: list[CropSet], left_out: tuple[str, ...]) -> tuple[Places, NDArray[np.bool_]]:
+    """The pictures that can teach, and which of them are held out.
+
+    No area of a face made as a whole is named, and of some fakes the areas are unknown, so these teach nothing here.
+    """
+    origins = {name for crops in sets for s in crops.samples for name in own_origins(s)}
+    if absent := [name for name in left_out if name not in origins]:  # such as generators: no forgeries
+        log(f"no picture here is of {', '.join(absent)}")
+    places = [
+        (k, i)
+        for k, crops in enumerate(sets)
+        for i, s in enumerate(crops.samples)
+        if s.split in ("train", "calib")
+        and s.df_class != "EFS"
+        and ((truth := cue_truth(s)) >= 0).any()
+        and (truth.any() if s.label == "fake" else True)
+    ]
+    held_out = held_out_rows(sets, left_out)
+    return places, np.array([place in held_out for place in places], bool)
+
+
+def _card(learnt_from: Sequence[Sample], version: str, net: CueHead, figures: Json) -> Card:
+    return Card(
         name=NAME,
         version=version,
         source="trained by this project: external_detectors/train",
@@ -142,8 +164,6 @@ def cues(
         covers=covered(net.allowed)[1:],  # all but EFS
         figures=figures,
     )
-    save_weights(net.state_dict(), card, out)
-    print(out / f"{NAME}.card.json")
 
 
 def _weigh(net: CueHead, of_tower: Tensor, own: Tensor, truth: Tensor) -> tuple[float, dict[float, dict[str, float]]]:
@@ -170,12 +190,12 @@ def _batches(rows: NDArray[np.intp]) -> list[NDArray[np.intp]]:
     return [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
 
 
-def _crops(sets: list[CropSet], places: list[tuple[int, int]]) -> Tensor:
+def _crops(sets: list[CropSet], places: Places) -> Tensor:
     """The crops as they are in use: [n, CROP_SIZE, CROP_SIZE, 3]."""
     return torch.from_numpy(np.stack([codec(np.ascontiguousarray(sets[k].crops[i]), *CODEC) for k, i in places]))
 
 
-def _areas(sets: list[CropSet], places: list[tuple[int, int]], folder: Path, int8: bool) -> NDArray[np.float16]:
+def _areas(sets: list[CropSet], places: Places, folder: Path, int8: bool) -> NDArray[np.float16]:
     """CLIP's areas of each picture, [n, areas, FEATURES]. A cut-off run resumes."""
     digest = hashlib.sha256()
     for k, i in places:
@@ -195,15 +215,12 @@ def _areas(sets: list[CropSet], places: list[tuple[int, int]], folder: Path, int
     return rows
 
 
-def _of_tower(sets: list[CropSet], places: list[tuple[int, int]], folder: Path, dtype: torch.dtype | None) -> Tensor:
+def _of_tower(sets: list[CropSet], places: Places, heads: TowerHeads, additions: Path) -> Tensor:
     """Logits of the tower's own head for cues: [n, areas, artifacts]."""
-    card, heads, found = read_card(folder / "tower.card.json"), TowerHeads(), []
-    weights = load_weights(card, folder)
-    heads.load_state_dict({k: v for k, v in weights.items() if not k.startswith("tower.")})
-    heads.eval()
+    found = []
     for start in progress(range(0, len(places), READ), "the tower's cues"):
         batch = places[start : start + READ]
-        states = tower_states(_crops(sets, batch), max(HEAD_LAYERS), folder / card.weights, dtype)
+        states = tower_states(_crops(sets, batch), max(HEAD_LAYERS), additions)
         points = [cv2.transform(sets[k].landmarks[i][None], CLOSER_MATRIX)[0].astype(np.float32) for k, i in batch]
         grids = torch.from_numpy(np.stack([area_grid(p) for p in points])).float() / 255
         patches = torch.cat([F.layer_norm(states[k].float(), states[k].shape[-1:])[:, 1:] for k in HEAD_LAYERS], 2)

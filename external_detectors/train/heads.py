@@ -103,7 +103,7 @@ def named_cues(samples: Sequence[Sample]) -> NDArray[np.bool_]:
     if (most := int(np.max(shown))) < ENOUGH:
         raise X2DFDError(
             f"the heads need at least {ENOUGH} training pictures that show the same cue, and of these {len(samples)} "
-            f"at most {most} do: forge more, or raise --limit",
+            f"at most {most} do: forge or take more",
             code="too_few_pictures",
         )
     return np.asarray(shown >= ENOUGH)

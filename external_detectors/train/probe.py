@@ -22,6 +22,7 @@ from external_detectors.train.loop import by_method, licence_of, log, next_versi
 from external_detectors.train.tower import Pictures
 from external_detectors.weights_io import save_weights
 from x2dfd.crops import load_sets
+from x2dfd.errors import X2DFDError
 from x2dfd.faces import PREPROCESSING
 from x2dfd.fetch import require
 from x2dfd.files import file_sha256, locked_folder
@@ -51,6 +52,8 @@ def probe(
     left_out = names(leave_out)
     pictures = Pictures(load_sets(data, crop_workers, on_remark=log), left_out, seed)
     samples = [pictures.at(k, i) for k, i in pictures.rows]
+    if not {"EFS", None} <= {s.df_class if s.label == "fake" else None for s in samples}:
+        raise X2DFDError("the pictures hold no photo, or no fake of class EFS", code="too_few_pictures")
     version = next_version(out, NAME)
     places = [place for place in pictures.all_rows if pictures.at(*place).split in ("", "train", "val")]
     all_views = [(k, i, v) for v in range(views) for k, i in places if not (v and pictures.at(k, i).split == "val")]

@@ -150,13 +150,7 @@ class Pictures(IterableDataset[Item]):
         fakes = [s for crops in sets for s in crops.samples if s.label == "fake"]
         if no_class := [s.id for s in fakes if s.df_class not in KINDS[1:]]:
             raise X2DFDError(f"{len(no_class)} fakes without df_class, such as {no_class[0]}", code="df_class_missing")
-        # A picture has the origin of its donor too.
-        donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
-        held_out = {
-            (k, i)
-            for k, i in self.all_rows
-            if {*own_origins(self.at(k, i)), donors.get(str(self.at(k, i).extra.get("donor") or ""))} & set(leave_out)
-        }
+        held_out = held_out_rows(sets, leave_out)
         self.rows = [r for r in self.all_rows if self.at(*r).split in ("", "train") and r not in held_out]
         # Only the held-out pictures of split `val` take part in the choice: the others are for reports and calibration.
         val_rows = [r for r in self.all_rows if self.at(*r).split == "val"]
@@ -215,6 +209,17 @@ class Pictures(IterableDataset[Item]):
 
 def _to_grid(mask: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
     return np.asarray(cv2.resize(mask, (GRID, GRID), interpolation=cv2.INTER_AREA), np.float32)
+
+
+def held_out_rows(sets: Sequence[CropSet], leave_out: Sequence[str]) -> set[tuple[int, int]]:
+    """The set and row of every picture of a held-out source, generator or method, also by its donor."""
+    donors = {s.group: s.source for crops in sets for s in crops.samples if not s.synthetic}
+    return {
+        (k, i)
+        for k, crops in enumerate(sets)
+        for i, s in enumerate(crops.samples)
+        if {*own_origins(s), donors.get(str(s.extra.get("donor") or ""))} & set(leave_out)
+    }
 
 
 def own_origins(sample: Sample) -> set[str]:
