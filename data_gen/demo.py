@@ -26,7 +26,7 @@ def make_pair(out: Path) -> tuple[Path, Path]:
     pixels = np.asarray(astronaut(), np.uint8)
     face = find_faces(pixels)[0]
     photo = Photo(pixels, face.landmarks, "nasa", "eileen-collins")
-    forged = forge(photo, METHODS["self_blend"], np.random.default_rng(3), strength=0.9)
+    forged = forge(photo, METHODS["mouth"], np.random.default_rng(3), strength=0.9)
     out.mkdir(parents=True, exist_ok=True)
     for name, image in (("real.jpg", pixels), ("forged.jpg", forged.pixels)):
         cv2.imwrite(str(out / name), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])
