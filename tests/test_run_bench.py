@@ -615,7 +615,7 @@ def test_readme_tables_follow_the_results(runs: Runs) -> None:
 
 def test_the_tables_say_what_was_called_fake_and_what_real(runs: Runs) -> None:
     """A low AUC of one set beside a high one of another; a user who trusts "likely real" of a fake that was missed."""
-    runs(StandIn(shift=-0.15), "--limit", 38, "--seed", 3, "--by", "source,method,split")
+    runs(StandIn(shift=-0.15), "--limit", 38, "--seed", 3, "--by", "source,method,split", "--dtype", "fp32")
     result, rows = runs.result(), [row for row in runs.rows() if row["said"]]
     label = {row["path"]: row for row in runs.manifest()}
     said: dict[str, list[str]] = {"fake": [], "real": []}
@@ -625,7 +625,10 @@ def test_the_tables_say_what_was_called_fake_and_what_real(runs: Runs) -> None:
         said[about["label"]].append(row["said"])
         of_gan += [row["said"]] if about["method"] == "gan" else []
     page = tables.table("detect", {"val": result})
-    assert "run_bench.py detect --data MANIFEST --limit 38 --seed 3 --by source,method,split --out DIR`" in page
+    options = "--limit 38 --seed 3 --by source,method,split --out DIR`"
+    assert f"run_bench.py detect --data MANIFEST --dtype fp32 {options}" in page
+    older = result | {"settings": {name: v for name, v in result["settings"].items() if name != "options"}}
+    assert f"run_bench.py detect --data MANIFEST {options}" in tables.table("detect", {"val": older})
     assert f"{result['data']['n']} pictures that `--limit 38` drew from manifest" in page
     found = f"{said['fake'].count('fake')} of {len(said['fake'])}"
     assert f" | {found}, " in page.split("**all**")[1].splitlines()[0]
