@@ -232,7 +232,7 @@ def test_unrelated_questions_stand_apart_and_uncovered_cues_are_named(tmp_path: 
     nose = CueQuestion("Is the nose blurred? Answer Yes or No.", "nose", "blur", "bank")
     result = assess(Fake(samples, knows_the_seam), data, [SEAM, eyes, nose], tmp_path / "weak")
     assert result.uncovered == (("eyes", "lighting"),)
-    assert next(f for f in result.cues if f.area == "nose").experts == ("tower",)
+    assert next(f for f in result.cues if f.area == "nose").experts == ("tower", "clip-cues")
     assert "eyes · lighting" in table(result).split("covered by no expert:")[1].splitlines()[0]
 
 
