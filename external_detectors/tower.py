@@ -81,7 +81,9 @@ class Tower(CropExpert):
         dtype = shared.tower_dtype if shared else None
         return self._evidence(tower_states(crops, max(HEAD_LAYERS), self._additions, dtype), faces, dtype)
 
-    def _evidence(self, states: Sequence[Tensor], faces: Sequence[Face], dtype: torch.dtype | None) -> list[Evidence]:
+    def _evidence(
+        self, states: Sequence[Tensor], faces: Sequence[Face], dtype: torch.dtype | None = None
+    ) -> list[Evidence]:
         points = (cv2.transform(f.crop_landmarks[None], CLOSER_MATRIX)[0].astype(np.float32) for f in faces)
         areas = torch.from_numpy(np.stack([area_grid(p) for p in points]))
         logits: HeadLogits = self._heads(states, areas.float() / 255)
