@@ -699,7 +699,7 @@ def test_a_training_ends_by_the_clock_and_goes_on_where_it_was_cut_off(
         training.start_from(net, {"tower.encoder.layers.9.mlp.fc1.lora_A.weight": torch.zeros(2, clip.WIDTH)})
 
 
-# --- the probes ------------------------------------------------------------------------------------------------------
+# --- heads and probe --------------------------------------------------------------------------------------------------
 
 
 def test_heads_refuse_too_few_pictures_before_the_work(
@@ -845,6 +845,13 @@ def test_probes_learn_from_what_is_not_held_out(
     monkeypatch.setattr(probe, "_fit", lambda features, *_: (np.zeros(features.shape[1], np.float32), np.float32(0)))
     probe.probe(**given, out=tmp_path / "layers")
     assert len(bright) > passes  # features of other layers are not taken for these
+
+
+def test_a_probe_needs_photos_and_faces_made_as_a_whole(bright: list[int], photos: Path, tmp_path: Path) -> None:
+    """Bug prevented: a card that covers faces made as a whole, of which the training had none, or hours before a NaN."""
+    with raises("too_few_pictures", "EFS"):
+        probe.probe([photos], tmp_path / "features", tmp_path / "out", leave_out="gan,gan2")
+    assert not bright and not (tmp_path / "out").exists()
 
 
 def test_features_in_8_bits_are_kept_apart(

@@ -1,4 +1,4 @@
-"""Training of the tower's second head for cues, on areas of CLIP, which itself is not trained.
+"""Training of the expert `clip-cues`: a head for cues on areas of CLIP, which itself is not trained.
 
 The pictures are taken as they are in use. Augmented views of the same pictures made the head worse, more pictures made
 it better (LOG.md). How much it counts beside the tower's own head, and from which probability both name a cue, is
@@ -144,7 +144,7 @@ def _places(sets: list[CropSet], left_out: tuple[str, ...]) -> tuple[Places, NDA
         if s.split in ("train", "calib")
         and s.df_class != "EFS"
         and ((truth := cue_truth(s)) >= 0).any()
-        and (truth.any() if s.label == "fake" else True)
+        and (s.label == "real" or truth.any())
     ]
     held_out = held_out_rows(sets, left_out)
     return places, np.array([place in held_out for place in places], bool)

@@ -1,4 +1,4 @@
-"""Shared by the trainings of tower and heads: augmented views, cues as targets, figures, and lines of a card."""
+"""Shared by the trainings of the experts: augmented views, cues as targets, figures, and lines of a card."""
 
 from __future__ import annotations
 
