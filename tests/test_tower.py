@@ -848,7 +848,7 @@ def test_probes_learn_from_what_is_not_held_out(
 
 
 def test_a_probe_needs_photos_and_faces_made_as_a_whole(bright: list[int], photos: Path, tmp_path: Path) -> None:
-    """Bug prevented: a card that covers faces made as a whole, of which the training had none, or hours before a NaN."""
+    """Bug prevented: a card that covers faces made as a whole, of which the training had none; a late NaN."""
     with raises("too_few_pictures", "EFS"):
         probe.probe([photos], tmp_path / "features", tmp_path / "out", leave_out="gan,gan2")
     assert not bright and not (tmp_path / "out").exists()
